@@ -1,0 +1,130 @@
+/* The CPU backend's own header: tensor views, the kernel table that each SIMD level fills, the drivers that ops.c
+ * calls. Knows nothing of torch: plain pointers, and a parallel-for that is handed in.
+ * Shapes: x [rows, k]; a weight is k inputs x n outputs, both multiples of 128; "block" counts 128 columns. */
+#ifndef MM_CPU_H
+#define MM_CPU_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "shared/activation.h"
+#include "shared/format.h"
+#include "shared/router.h"
+
+enum mm_float { MM_FLOAT32, MM_FLOAT16, MM_BFLOAT16 };
+
+static inline size_t mm_float_bytes(enum mm_float type) { return type == MM_FLOAT32 ? 4 : 2; }
+
+/* A strided tensor seen as rows of its last dimension. */
+struct mm_rows {
+    const void *data;
+    enum mm_float type;
+    int64_t rows, columns, column_stride; /* stride in elements */
+    int lead_dims;                        /* the dimensions before the last */
+    const int64_t *sizes, *strides;       /* of the lead dims */
+};
+
+/* One packed matrix. bias may be NULL. */
+struct mm_weight {
+    const uint8_t *tiles;            /* [k/16, n/16] tiles of MM_TILE_BYTES(rate2) */
+    const uint16_t *suh, *svh, *bias; /* binary16: [k], [n], [n] */
+    int64_t k, n;
+    int rate2, codebook;
+};
+
+/* The matrices of all experts for one projection, as the op's arguments give them. */
+struct mm_stack {
+    const uint8_t *tiles;
+    const int64_t *table; /* [experts, 3]: offset in int16 elements, rate2, codebook */
+    const uint16_t *suh, *svh, *bias;
+    int64_t k, n;
+};
+
+struct mm_weight mm_stack_weight(const struct mm_stack *stack, int64_t expert);
+
+/* Rows handled by one call of `multiply`; a tile is decoded once for this many. */
+#define MM_ROW_BLOCK 64
+/* Floats of scratch that `multiply` and `multiply_transposed` need. */
+#define MM_MULTIPLY_SCRATCH (MM_ROW_BLOCK * 64 + 16 * MM_TILE_WEIGHTS)
+
+/* The kernels of one SIMD level. An input row travels as "tiled": for each 16 inputs, 4 groups of 4 values in trellis
+ * order (rows 2q, 2q+1, 2q+8, 2q+9), each written twice, since 8 trellis positions are 4 rows of 2 columns.
+ * A gradient row travels as "spread": for each 16 columns, 8 groups: column c four times, column c+8 four times. */
+struct mm_kernels {
+    const char *name;
+    void (*prepare)(void); /* builds the level's tables; called when the level becomes active, may run again */
+    void (*load)(float *out, const void *in, enum mm_float type, int64_t stride, int64_t count);
+    void (*store)(void *out, const float *in, enum mm_float type, int64_t count);
+    /* tiled [2k] = H(x * suh), x [k]; channels from `used` on are padding and count as 0 whatever x and suh hold */
+    void (*rotate_in)(float *tiled, const float *x, const uint16_t *suh, int64_t k, int64_t used);
+    /* y [rows, 128] = tiled rows [rows, 2k] times the 128 columns of `block` */
+    void (*multiply)(float *y, const struct mm_weight *weight, int64_t block, const float *tiled, int64_t rows,
+                     float *scratch);
+    /* y [rows, 128] = H(y) * svh + bias, all for one block of 128 columns; also a gradient's last step, with suh */
+    void (*rotate_out)(float *y, int64_t rows, const uint16_t *svh, const uint16_t *bias);
+    /* spread [4n] = H(grad * svh), grad [n]; `used` as above */
+    void (*rotate_grad)(float *spread, const float *grad, const uint16_t *svh, int64_t n, int64_t used);
+    /* dx [rows, 128] = spread rows [rows, 4n] times the transpose of the 128 input rows of `block` */
+    void (*multiply_transposed)(float *dx, const struct mm_weight *weight, int64_t block, const float *spread,
+                                int64_t rows, float *scratch);
+    /* out [128, 128] = one block of the weight; rotated: the codebook's values, untransformed */
+    void (*dequantize)(float *out, const struct mm_weight *weight, int64_t k_block, int64_t n_block, bool rotated);
+    /* act [count] from gate and up [count] */
+    void (*activate)(float *act, const float *gate, const float *up, int64_t count, enum mm_activation kind,
+                     float alpha, float limit);
+    float (*dot)(const float *a, const float *b, int64_t count);
+};
+
+/* Every level, slowest first; a getter is NULL-valued where the machine or the build lacks the level. */
+const struct mm_kernels *mm_kernels_scalar(void);
+const struct mm_kernels *mm_kernels_avx2(void);
+#define MM_CPU_LEVELS(X) X(scalar) X(avx2)
+
+extern const struct mm_kernels *mm_cpu; /* the active level; set once at import, and by tests */
+#define MM_MAX_CPU_LEVELS 8
+int mm_cpu_levels(const struct mm_kernels **levels); /* fills what this machine runs; returns the count */
+
+/* parallel.c: items 0..count-1, each done by one thread, pulled in order. Each thread has scratch_bytes of its own,
+ * 64-byte aligned. False: out of memory, nothing ran. Results must not depend on which thread runs an item. */
+typedef void (*mm_item)(int64_t item, void *scratch, void *context);
+bool mm_parallel(int64_t count, size_t scratch_bytes, mm_item body, void *context);
+struct mm_threads {
+    int (*count)(void);
+    void (*run)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void *), void *context);
+};
+extern struct mm_threads mm_threads;
+
+void *mm_alloc(size_t bytes); /* 64-byte aligned, freed by mm_free; NULL when out of memory */
+void mm_free(void *memory);
+const void *mm_rows_at(const struct mm_rows *rows, int64_t row);
+
+/* The drivers. Each returns false when it ran out of memory; all else was checked by the caller. */
+bool mm_cpu_linear(const struct mm_rows *x, const struct mm_weight *weight, int64_t out_features, void *y);
+bool mm_cpu_linear_backward(const struct mm_rows *grad, const struct mm_weight *weight, int64_t in_features, void *dx);
+bool mm_cpu_dequantize(const struct mm_weight *weight, bool rotated, int64_t in_features, int64_t out_features,
+                       float *out);
+
+struct mm_moe {
+    struct mm_rows x;       /* [tokens, hidden] */
+    struct mm_rows weights; /* [tokens, top_k] */
+    const int32_t *ids;     /* [tokens, top_k], in range */
+    struct mm_stack gate, up, down;
+    int64_t experts, intermediate;
+    enum mm_activation activation;
+    float alpha, limit;
+};
+bool mm_cpu_moe(const struct mm_moe *moe, void *y);
+bool mm_cpu_moe_backward(const struct mm_moe *moe, const struct mm_rows *grad, void *dx, void *dweights);
+
+struct mm_router {
+    struct mm_rows x, gate;       /* [tokens, hidden], [experts, hidden] */
+    struct mm_rows correction;    /* [1, experts], or no rows */
+    int64_t top_k, n_group, topk_group;
+    enum mm_router_kind kind;
+    bool renormalize;
+    float scale;
+};
+bool mm_cpu_router(const struct mm_router *router, float *weights, int64_t *ids, float *logits);
+
+#endif
