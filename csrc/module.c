@@ -1,0 +1,209 @@
+/* The Python module metal_marlin._C: finds torch, picks the SIMD level, registers the ops, and hands Python the lists
+ * that the C code derives from its X-macros. The ops themselves are reached through torch.ops.metal_marlin. */
+#include <Python.h>
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "cpu/cpu.h"
+#include "mm.h"
+
+static const struct mm_kernels *levels[MM_MAX_CPU_LEVELS];
+static int level_count;
+
+static void use_level(const struct mm_kernels *level) {
+    level->prepare();
+    mm_cpu = level;
+}
+
+static PyObject *tuple_of(const char *const *names, int count) {
+    PyObject *tuple = PyTuple_New(count);
+    for (int i = 0; tuple && i < count; i++) {
+        PyObject *name = PyUnicode_FromString(names[i]);
+        if (!name || PyTuple_SetItem(tuple, i, name)) Py_CLEAR(tuple);
+    }
+    return tuple;
+}
+
+static PyObject *level_names(void) {
+    const char *names[MM_MAX_CPU_LEVELS];
+    for (int i = 0; i < level_count; i++) names[i] = levels[i]->name;
+    return tuple_of(names, level_count);
+}
+
+static bool choose_level(const char *name, const char *source) {
+    for (int i = 0; i < level_count; i++)
+        if (!strcmp(levels[i]->name, name)) return use_level(levels[i]), true;
+    PyObject *names = level_names();
+    if (names) PyErr_Format(PyExc_ValueError, "%s is '%s'; this machine runs %S", source, name, names);
+    Py_XDECREF(names);
+    return false;
+}
+
+static PyObject *cpu_level(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return PyUnicode_FromString(mm_cpu->name);
+}
+
+static PyObject *cpu_levels(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return level_names();
+}
+
+static PyObject *set_cpu_level(PyObject *self, PyObject *name) {
+    (void)self;
+    PyObject *bytes = PyUnicode_Check(name) ? PyUnicode_AsUTF8String(name) : NULL;
+    if (!bytes) {
+        if (!PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "name is %R; expected a str", name);
+        return NULL;
+    }
+    bool found = choose_level(PyBytes_AsString(bytes), "name");
+    Py_DECREF(bytes);
+    if (!found) return NULL;
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+
+static PyMethodDef methods[] = {
+    {"cpu_level", cpu_level, METH_NOARGS, "cpu_level() -> str: the SIMD level in use."},
+    {"cpu_levels", cpu_levels, METH_NOARGS, "cpu_levels() -> tuple[str, ...]: what this machine runs, slowest first."},
+    {"set_cpu_level", set_cpu_level, METH_O,
+     "set_cpu_level(name): switch the SIMD level for calls that start from now on. ValueError for one that this "
+     "machine does not run."},
+    {NULL, NULL, 0, NULL},
+};
+
+/* The torch library of this process: next to torch's Python files, where its wheels put it. */
+static PyObject *torch_library_path(PyObject *torch) {
+#ifdef __APPLE__
+    const char *format = "%U/lib/libtorch_cpu.dylib";
+#else
+    const char *format = "%U/lib/libtorch_cpu.so";
+#endif
+    PyObject *paths = PyObject_GetAttrString(torch, "__path__");
+    PyObject *folder = paths ? PySequence_GetItem(paths, 0) : NULL;
+    PyObject *path = folder && PyUnicode_Check(folder) ? PyUnicode_FromFormat(format, folder) : NULL;
+    PyObject *bytes = path ? PyUnicode_EncodeFSDefault(path) : NULL;
+    Py_XDECREF(path);
+    Py_XDECREF(folder);
+    Py_XDECREF(paths);
+    return bytes;
+}
+
+static bool load_torch(void) {
+    PyObject *torch = PyImport_ImportModule("torch");
+    if (!torch) return false;
+    PyObject *path = torch_library_path(torch);
+    if (!path) PyErr_Clear(); /* no such folder: search the process */
+    const char *version = NULL, *missing = mm_torch_load(path ? PyBytes_AsString(path) : NULL, &version);
+    Py_XDECREF(path);
+    if (missing) {
+        PyObject *have = PyObject_GetAttrString(torch, "__version__");
+        if (!have) PyErr_Clear();
+        PyErr_Format(PyExc_ImportError,
+                     "metal_marlin needs torch >= " MM_TORCH_MIN_VERSION
+                     ": this torch (%S) lacks the symbol %s, which came with torch %s",
+                     have ? have : Py_None, missing, version);
+        Py_XDECREF(have);
+    }
+    Py_DECREF(torch);
+    return !missing;
+}
+
+static bool pick_level(void) {
+    level_count = mm_cpu_levels(levels);
+    const char *wanted = getenv("METAL_MARLIN_CPU");
+    if (wanted && *wanted) return choose_level(wanted, "METAL_MARLIN_CPU");
+    use_level(levels[level_count - 1]);
+    return true;
+}
+
+static bool add(PyObject *module, const char *name, PyObject *value) {
+    bool added = value && !PyModule_AddObjectRef(module, name, value);
+    Py_XDECREF(value);
+    return added;
+}
+
+static bool append(PyObject *list, PyObject *value) {
+    bool appended = value && !PyList_Append(list, value);
+    Py_XDECREF(value);
+    return appended;
+}
+
+static PyObject *rates_of(bool half_rates) {
+    PyObject *rates = PyList_New(0);
+    for (int rate2 = MM_MIN_RATE2; rates && rate2 <= MM_MAX_RATE2; rate2++)
+        if (rate2 % 2 == 0 || (half_rates && rate2 <= MM_MAX_HALF_RATE2))
+            if (!append(rates, PyLong_FromLong(rate2))) Py_CLEAR(rates);
+    PyObject *tuple = rates ? PyList_AsTuple(rates) : NULL;
+    Py_XDECREF(rates);
+    return tuple;
+}
+
+static bool set(PyObject *dict, const char *key, PyObject *value) {
+    bool done = value && !PyDict_SetItemString(dict, key, value);
+    Py_XDECREF(value);
+    return done;
+}
+
+static bool add_codebooks(PyObject *module) {
+    PyObject *multipliers = PyDict_New(), *rates = PyDict_New();
+    bool done = multipliers && rates;
+#define X(id, name, multiplier, addend, half_rates)                                 \
+    done = done && set(multipliers, name, PyLong_FromUnsignedLong(multiplier)) && \
+           set(rates, name, rates_of(half_rates));
+    MM_CODEBOOKS(X)
+#undef X
+    done = done && !PyModule_AddObjectRef(module, "MULTIPLIERS", multipliers) &&
+           !PyModule_AddObjectRef(module, "RATES2", rates);
+    Py_XDECREF(multipliers);
+    Py_XDECREF(rates);
+    return done;
+}
+
+static bool add_lists(PyObject *module) {
+#define X(id, name, ...) name,
+    static const char *const codebooks[] = {MM_CODEBOOKS(X)};
+    static const char *const activations[] = {MM_ACTIVATIONS(X)};
+    static const char *const routers[] = {MM_ROUTERS(X)};
+#undef X
+    return add(module, "CODEBOOKS", tuple_of(codebooks, MM_CODEBOOK_COUNT)) &&
+           add(module, "ACTIVATIONS", tuple_of(activations, MM_ACTIVATION_COUNT)) &&
+           add(module, "ROUTERS", tuple_of(routers, MM_ROUTER_COUNT)) && add_codebooks(module);
+}
+
+static int execute(PyObject *module) {
+    static bool registered; /* ops belong to the process, not to the module object */
+    if (!registered) {
+        const char *message = NULL;
+        if (!load_torch() || !pick_level()) return -1;
+        if (!mm_ops_register(&message)) {
+            PyErr_Format(PyExc_ImportError, "metal_marlin could not register its ops: %s", message);
+            return -1;
+        }
+        registered = true;
+    }
+    return add_lists(module) && !PyModule_AddIntConstant(module, "MAX_EXPERTS", MM_MAX_EXPERTS) &&
+                   !PyModule_AddIntConstant(module, "MAX_TOP_K", MM_MAX_TOP_K) &&
+                   !PyModule_AddIntConstant(module, "HADAMARD", MM_HADAMARD) &&
+                   !PyModule_AddIntConstant(module, "TILE", MM_TILE)
+               ? 0
+               : -1;
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, NULL}, {0, NULL}};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "metal_marlin._C",
+    .m_doc = "C half of metal_marlin: registers torch.ops.metal_marlin and lists what the kernels know.",
+    .m_methods = methods,
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC PyInit__C(void) {
+    /* A slot holds void *; ISO C has no cast from a function to it, so copy the bits. */
+    int (*exec)(PyObject *) = execute;
+    memcpy(&slots[0].value, &exec, sizeof exec);
+    return PyModuleDef_Init(&definition);
+}

@@ -1,0 +1,595 @@
+/* The ops as PyTorch sees them: schemas, unboxing, argument checks, outputs, errors.
+ * Owns every check of what a caller may get wrong; leaves the work to a backend (cpu/). Nothing below this file knows
+ * torch, nothing above it sees an unchecked argument. */
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "cpu/cpu.h"
+#include "mm.h"
+
+/* X(name, arguments, results) */
+#define STACK(p) "Tensor " p "_trellis, Tensor " p "_table, Tensor " p "_suh, Tensor " p "_svh, Tensor " p "_bias, "
+#define MOE_ARGUMENTS                                                                                \
+    "Tensor x, Tensor weights, Tensor ids, " STACK("gate") STACK("up") STACK("down")                 \
+    "int intermediate, str activation, float alpha, float limit"
+#define MM_OPS(X)                                                                                              \
+    X(trellis_linear,                                                                                          \
+      "Tensor x, Tensor trellis, Tensor suh, Tensor svh, Tensor bias, str codebook, int out_features",         \
+      "Tensor")                                                                                                \
+    X(trellis_linear_backward,                                                                                 \
+      "Tensor grad, Tensor trellis, Tensor suh, Tensor svh, str codebook, int in_features", "Tensor")          \
+    X(moe_trellis_swiglu, MOE_ARGUMENTS, "Tensor")                                                             \
+    X(moe_trellis_swiglu_backward, "Tensor grad, " MOE_ARGUMENTS, "(Tensor, Tensor)")                          \
+    X(router,                                                                                                  \
+      "Tensor x, Tensor gate, Tensor correction, int top_k, str kind, bool renormalize, float scale, "         \
+      "int n_group, int topk_group",                                                                           \
+      "(Tensor, Tensor, Tensor)")                                                                              \
+    X(dequantize, "Tensor trellis, Tensor suh, Tensor svh, str codebook, int in_features, int out_features", "Tensor")
+
+/* ---- messages ---- */
+
+static bool fail(struct mm_call *call, const char *format, ...) __attribute__((format(printf, 2, 3)));
+static bool fail(struct mm_call *call, const char *format, ...) {
+    const char *end = strchr(call->op->schema, '(');
+    int length = snprintf(call->message, sizeof call->message, "metal_marlin::%.*s: ", (int)(end - call->op->schema),
+                          call->op->schema);
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(call->message + length, sizeof call->message - (size_t)length, format, arguments);
+    va_end(arguments);
+    return false;
+}
+
+static bool fail_memory(struct mm_call *call) { return fail(call, "out of memory for scratch buffers"); }
+
+static const char *dtype_name(int32_t dtype) {
+#define DTYPE(name) \
+    if (dtype == mm_torch.aoti_torch_dtype_##name()) return #name;
+    DTYPE(float64) DTYPE(float32) DTYPE(float16) DTYPE(bfloat16) DTYPE(int64) DTYPE(int32) DTYPE(int16) DTYPE(int8)
+    DTYPE(uint8) DTYPE(bool)
+#undef DTYPE
+    return "another dtype";
+}
+
+struct text {
+    char text[160];
+};
+
+static struct text shape_text(const struct mm_tensor *tensor) {
+    struct text out = {"["};
+    size_t length = 1;
+    for (int64_t d = 0; d < tensor->dim && length < sizeof out.text - 26; d++)
+        length += (size_t)snprintf(out.text + length, sizeof out.text - length, "%s%lld", d ? ", " : "",
+                                   (long long)tensor->sizes[d]);
+    snprintf(out.text + length, sizeof out.text - length, "]");
+    return out;
+}
+
+/* ---- unboxing ---- */
+
+static bool unbox_tensor(struct mm_call *call, struct mm_tensor *tensor) {
+    int64_t *sizes = NULL, *strides = NULL;
+    if (mm_torch.aoti_torch_get_dim(tensor->handle, &tensor->dim) ||
+        mm_torch.aoti_torch_get_sizes(tensor->handle, &sizes) ||
+        mm_torch.aoti_torch_get_strides(tensor->handle, &strides) ||
+        mm_torch.aoti_torch_get_dtype(tensor->handle, &tensor->dtype) ||
+        mm_torch.aoti_torch_get_device_type(tensor->handle, &tensor->device_type) ||
+        mm_torch.aoti_torch_get_device_index(tensor->handle, &tensor->device_index) ||
+        mm_torch.aoti_torch_get_data_ptr(tensor->handle, &tensor->data))
+        return fail(call, "%s is not a tensor with strided memory", tensor->name);
+    tensor->sizes = sizes;
+    tensor->strides = strides;
+    tensor->numel = 1;
+    for (int64_t d = 0; d < tensor->dim; d++) tensor->numel *= sizes[d];
+    if (tensor->device_type != mm_torch.aoti_torch_device_type_cpu())
+        return fail(call, "%s is on device type %d; expected all tensors on the CPU", tensor->name,
+                    (int)tensor->device_type);
+    return true;
+}
+
+static bool unbox_argument(struct mm_call *call, int index, mm_stable_ivalue value) {
+    struct mm_argument *argument = &call->arguments[index];
+    switch (argument->type) {
+    case 'T':
+        return unbox_tensor(call, &argument->tensor);
+    case 'i':
+        memcpy(&argument->integer, &value, sizeof argument->integer);
+        return true;
+    case 'f':
+        memcpy(&argument->number, &value, sizeof argument->number);
+        return true;
+    case 'b':
+        argument->truth = (value & 0xFFu) != 0;
+        return true;
+    default:
+        if (mm_torch.torch_string_c_str(argument->string_handle, &argument->string))
+            return fail(call, "%s could not be read", call->op->names[index]);
+        return true;
+    }
+}
+
+/* Takes ownership of everything on the stack first, so that an error anywhere frees it all. */
+static void run_boxed(const struct mm_op *op, mm_stable_ivalue *stack, uint64_t n_in, uint64_t n_out) {
+    struct mm_call call = {.op = op};
+    bool done = n_in == (uint64_t)op->arguments && n_out == (uint64_t)op->outputs;
+    for (int i = 0; i < op->arguments && done; i++) {
+        struct mm_argument *argument = &call.arguments[i];
+        argument->type = op->types[i];
+        if (argument->type == 'T') {
+            memcpy(&argument->tensor.handle, &stack[i], sizeof argument->tensor.handle);
+            argument->tensor.name = op->names[i];
+        }
+        if (argument->type == 's') memcpy(&argument->string_handle, &stack[i], sizeof argument->string_handle);
+    }
+    if (!done) fail(&call, "called with %d arguments; expected %d", (int)n_in, op->arguments);
+    for (int i = 0; i < op->arguments && done; i++) done = unbox_argument(&call, i, stack[i]);
+    done = done && op->run_cpu(&call);
+    for (int i = 0; i < op->arguments; i++) {
+        if (call.arguments[i].tensor.handle) mm_torch.aoti_torch_delete_tensor_object(call.arguments[i].tensor.handle);
+        if (call.arguments[i].string_handle) mm_torch.torch_delete_string(call.arguments[i].string_handle);
+    }
+    if (done) {
+        for (int i = 0; i < op->outputs; i++) {
+            stack[i] = 0;
+            memcpy(&stack[i], &call.outputs[i], sizeof call.outputs[i]);
+        }
+        return;
+    }
+    for (int i = 0; i < MM_MAX_OUTPUTS; i++)
+        if (call.outputs[i]) mm_torch.aoti_torch_delete_tensor_object(call.outputs[i]);
+    /* The one place that throws: a C++ exception through these C frames (built with unwind tables). */
+    mm_torch.aoti_torch_check(false, __func__, __FILE__, (uint32_t)__LINE__, call.message);
+}
+
+static void *new_output(struct mm_call *call, int index, int64_t dim, const int64_t *sizes, int32_t dtype) {
+    int64_t strides[64], stride = 1;
+    void *data = NULL;
+    for (int64_t d = dim - 1; d >= 0; d--) {
+        strides[d] = stride;
+        stride *= sizes[d] > 0 ? sizes[d] : 1;
+    }
+    if (mm_torch.aoti_torch_empty_strided(dim, sizes, strides, dtype, mm_torch.aoti_torch_device_type_cpu(), 0,
+                                          &call->outputs[index]) ||
+        mm_torch.aoti_torch_get_data_ptr(call->outputs[index], &data)) {
+        fail(call, "out of memory for the result");
+        return NULL;
+    }
+    static char nothing; /* an empty tensor may have no memory; NULL means failure here */
+    return data ? data : &nothing;
+}
+
+/* ---- checks ---- */
+
+static const struct mm_tensor *tensor_at(struct mm_call *call, int index) { return &call->arguments[index].tensor; }
+
+static bool is_contiguous(const struct mm_tensor *tensor) {
+    int64_t stride = 1;
+    for (int64_t d = tensor->dim - 1; d >= 0; d--) {
+        if (tensor->sizes[d] != 1 && tensor->strides[d] != stride) return false;
+        stride *= tensor->sizes[d];
+    }
+    return true;
+}
+
+static bool float_type(int32_t dtype, enum mm_float *type) {
+    if (dtype == mm_torch.aoti_torch_dtype_float32()) return *type = MM_FLOAT32, true;
+    if (dtype == mm_torch.aoti_torch_dtype_float16()) return *type = MM_FLOAT16, true;
+    if (dtype == mm_torch.aoti_torch_dtype_bfloat16()) return *type = MM_BFLOAT16, true;
+    return false;
+}
+
+/* A tensor of any shape and stride as rows of its last dimension. */
+static bool rows_of(struct mm_call *call, const struct mm_tensor *tensor, struct mm_rows *rows) {
+    if (tensor->dim < 1 || tensor->dim > 64)
+        return fail(call, "%s has %lld dimensions; expected 1 to 64", tensor->name, (long long)tensor->dim);
+    if (!float_type(tensor->dtype, &rows->type))
+        return fail(call, "%s has dtype %s; expected float32, bfloat16 or float16", tensor->name,
+                    dtype_name(tensor->dtype));
+    rows->data = tensor->data;
+    rows->columns = tensor->sizes[tensor->dim - 1];
+    rows->column_stride = tensor->strides[tensor->dim - 1];
+    rows->lead_dims = (int)tensor->dim - 1;
+    rows->sizes = tensor->sizes;
+    rows->strides = tensor->strides;
+    rows->rows = 1;
+    for (int d = 0; d < rows->lead_dims; d++) rows->rows *= tensor->sizes[d];
+    if (rows->columns < 1)
+        return fail(call, "%s has shape %s; its last dimension must not be empty", tensor->name,
+                    shape_text(tensor).text);
+    return true;
+}
+
+static bool same_lead(struct mm_call *call, const struct mm_tensor *tensor, const struct mm_tensor *x) {
+    bool same = tensor->dim == x->dim;
+    for (int64_t d = 0; same && d + 1 < x->dim; d++) same = tensor->sizes[d] == x->sizes[d];
+    if (same) return true;
+    struct text shape = shape_text(tensor);
+    return fail(call, "%s has shape %s; expected the leading dimensions of %s, which has shape %s", tensor->name,
+                shape.text, x->name, shape_text(x).text);
+}
+
+static bool packed(struct mm_call *call, const struct mm_tensor *tensor, int32_t dtype, int64_t dim) {
+    if (tensor->dtype != dtype)
+        return fail(call, "%s has dtype %s; expected %s", tensor->name, dtype_name(tensor->dtype), dtype_name(dtype));
+    if (tensor->dim != dim)
+        return fail(call, "%s has shape %s; expected %lld dimensions", tensor->name, shape_text(tensor).text,
+                    (long long)dim);
+    if (!is_contiguous(tensor))
+        return fail(call, "%s with shape %s is not contiguous; packed weights must be", tensor->name,
+                    shape_text(tensor).text);
+    return true;
+}
+
+static bool find_name(struct mm_call *call, int index, const char *const *names, int count, int *found) {
+    const char *value = call->arguments[index].string;
+    char list[160] = "";
+    size_t length = 0;
+    for (int i = 0; i < count; i++) {
+        if (!strcmp(value, names[i])) return *found = i, true;
+        length += (size_t)snprintf(list + length, sizeof list - length, "%s%s", i ? ", " : "", names[i]);
+    }
+    return fail(call, "%s is '%.40s'; expected one of %s", call->op->names[index], value, list);
+}
+
+#define X(id, name, ...) name,
+static const char *const codebook_names[] = {MM_CODEBOOKS(X)};
+static const char *const activation_names[] = {MM_ACTIVATIONS(X)};
+static const char *const router_names[] = {MM_ROUTERS(X)};
+#undef X
+#define X(id, name, multiplier, addend, half_rates) half_rates,
+static const bool codebook_half_rates[] = {MM_CODEBOOKS(X)};
+#undef X
+
+static bool rate_exists(int codebook, int64_t rate2) {
+    if (rate2 < MM_MIN_RATE2 || rate2 > MM_MAX_RATE2) return false;
+    return rate2 % 2 == 0 || (codebook_half_rates[codebook] && rate2 <= MM_MAX_HALF_RATE2);
+}
+
+static bool vector_of(struct mm_call *call, const struct mm_tensor *tensor, int64_t lead, int64_t count,
+                      const uint16_t **out) {
+    int64_t dim = lead ? 2 : 1;
+    if (!packed(call, tensor, mm_torch.aoti_torch_dtype_float16(), dim)) return false;
+    if (tensor->sizes[dim - 1] != count || (lead && tensor->sizes[0] != lead)) {
+        if (lead)
+            return fail(call, "%s has shape %s; the packed weight needs [%lld, %lld]", tensor->name,
+                        shape_text(tensor).text, (long long)lead, (long long)count);
+        return fail(call, "%s has shape %s; the packed weight needs [%lld]", tensor->name, shape_text(tensor).text,
+                    (long long)count);
+    }
+    *out = tensor->data;
+    return true;
+}
+
+/* trellis [k/16, n/16, 16 K], with the codebook's name at `codebook` */
+static bool trellis_of(struct mm_call *call, int trellis, int codebook, struct mm_weight *weight) {
+    const struct mm_tensor *tensor = tensor_at(call, trellis);
+    if (!find_name(call, codebook, codebook_names, MM_CODEBOOK_COUNT, &weight->codebook)) return false;
+    if (!packed(call, tensor, mm_torch.aoti_torch_dtype_int16(), 3)) return false;
+    int64_t width = tensor->sizes[2];
+    if (width % 8 || !rate_exists(weight->codebook, width / 8))
+        return fail(call,
+                    "trellis has shape %s: its last dimension must be 16 x bits with bits 1 to 8%s for codebook %s; "
+                    "%lld / 16 is not",
+                    shape_text(tensor).text,
+                    codebook_half_rates[weight->codebook] ? ", or 1.5, 2.5 or 3.5" : " in whole bits",
+                    codebook_names[weight->codebook], (long long)width);
+    weight->k = tensor->sizes[0] * MM_TILE;
+    weight->n = tensor->sizes[1] * MM_TILE;
+    if (!weight->k || !weight->n || weight->k % MM_HADAMARD || weight->n % MM_HADAMARD)
+        return fail(call, "trellis has shape %s, a %lld x %lld weight; both must be multiples of 128, not 0",
+                    shape_text(tensor).text, (long long)weight->k, (long long)weight->n);
+    weight->rate2 = (int)(width / 8);
+    weight->tiles = tensor->data;
+    return true;
+}
+
+/* The true width of a side whose packed width is `padded`. */
+static bool width_fits(struct mm_call *call, const char *what, int64_t width, int64_t padded) {
+    if (width >= 1 && width <= padded && MM_PAD(width) == padded) return true;
+    return fail(call, "%s %lld; the packed weight was made for %lld to %lld", what, (long long)width,
+                (long long)(padded - MM_HADAMARD + 1), (long long)padded);
+}
+
+static bool bias_of(struct mm_call *call, const struct mm_tensor *tensor, int64_t lead, int64_t count,
+                    const uint16_t **out) {
+    *out = NULL;
+    return tensor->numel == 0 || vector_of(call, tensor, lead, count, out);
+}
+
+/* ---- trellis_linear ---- */
+
+static bool linear_weight(struct mm_call *call, int trellis, int codebook, struct mm_weight *weight) {
+    return trellis_of(call, trellis, codebook, weight) &&
+           vector_of(call, tensor_at(call, trellis + 1), 0, weight->k, &weight->suh) &&
+           vector_of(call, tensor_at(call, trellis + 2), 0, weight->n, &weight->svh);
+}
+
+static void *rows_output(struct mm_call *call, int index, const struct mm_tensor *like, int64_t columns) {
+    int64_t sizes[64];
+    for (int64_t d = 0; d + 1 < like->dim; d++) sizes[d] = like->sizes[d];
+    sizes[like->dim - 1] = columns;
+    return new_output(call, index, like->dim, sizes, like->dtype);
+}
+
+static bool run_trellis_linear(struct mm_call *call) {
+    enum { X, TRELLIS, SUH, SVH, BIAS, CODEBOOK, OUT_FEATURES };
+    struct mm_rows x;
+    struct mm_weight weight = {0};
+    int64_t out_features = call->arguments[OUT_FEATURES].integer;
+    if (!rows_of(call, tensor_at(call, X), &x) || !linear_weight(call, TRELLIS, CODEBOOK, &weight) ||
+        !bias_of(call, tensor_at(call, BIAS), 0, weight.n, &weight.bias) ||
+        !width_fits(call, "x's last dimension is", x.columns, weight.k) ||
+        !width_fits(call, "out_features is", out_features, weight.n))
+        return false;
+    void *y = rows_output(call, 0, tensor_at(call, X), out_features);
+    return y && (mm_cpu_linear(&x, &weight, out_features, y) || fail_memory(call));
+}
+
+static bool run_trellis_linear_backward(struct mm_call *call) {
+    enum { GRAD, TRELLIS, SUH, SVH, CODEBOOK, IN_FEATURES };
+    struct mm_rows grad;
+    struct mm_weight weight = {0};
+    int64_t in_features = call->arguments[IN_FEATURES].integer;
+    if (!rows_of(call, tensor_at(call, GRAD), &grad) || !linear_weight(call, TRELLIS, CODEBOOK, &weight) ||
+        !width_fits(call, "grad's last dimension is", grad.columns, weight.n) ||
+        !width_fits(call, "in_features is", in_features, weight.k))
+        return false;
+    void *dx = rows_output(call, 0, tensor_at(call, GRAD), in_features);
+    return dx && (mm_cpu_linear_backward(&grad, &weight, in_features, dx) || fail_memory(call));
+}
+
+static bool run_dequantize(struct mm_call *call) {
+    enum { TRELLIS, SUH, SVH, CODEBOOK, IN_FEATURES, OUT_FEATURES };
+    struct mm_weight weight = {0};
+    int64_t sizes[2] = {call->arguments[IN_FEATURES].integer, call->arguments[OUT_FEATURES].integer};
+    bool rotated = tensor_at(call, SUH)->numel == 0 && tensor_at(call, SVH)->numel == 0;
+    if (!(rotated ? trellis_of(call, TRELLIS, CODEBOOK, &weight) : linear_weight(call, TRELLIS, CODEBOOK, &weight)) ||
+        !width_fits(call, "in_features is", sizes[0], weight.k) ||
+        !width_fits(call, "out_features is", sizes[1], weight.n))
+        return false;
+    float *out = new_output(call, 0, 2, sizes, mm_torch.aoti_torch_dtype_float32());
+    return out && (mm_cpu_dequantize(&weight, rotated, sizes[0], sizes[1], out) || fail_memory(call));
+}
+
+/* ---- moe_trellis_swiglu ---- */
+
+static bool stack_of(struct mm_call *call, int first, int64_t experts, int64_t in_features, int64_t out_features,
+                     struct mm_stack *stack) {
+    const struct mm_tensor *trellis = tensor_at(call, first), *table = tensor_at(call, first + 1);
+    if (!packed(call, trellis, mm_torch.aoti_torch_dtype_int16(), 1) ||
+        !packed(call, table, mm_torch.aoti_torch_dtype_int64(), 2))
+        return false;
+    if (table->sizes[0] != experts || table->sizes[1] != 3)
+        return fail(call, "%s has shape %s; expected [%lld, 3]: offset, 2 x bits, codebook of each expert",
+                    table->name, shape_text(table).text, (long long)experts);
+    stack->k = MM_PAD(in_features);
+    stack->n = MM_PAD(out_features);
+    stack->tiles = trellis->data;
+    stack->table = table->data;
+    for (int64_t e = 0; e < experts; e++) {
+        const int64_t *row = stack->table + 3 * e;
+        if (row[2] < 0 || row[2] >= MM_CODEBOOK_COUNT)
+            return fail(call, "%s has codebook %lld for expert %lld; expected 0 to %d", table->name, (long long)row[2],
+                        (long long)e, MM_CODEBOOK_COUNT - 1);
+        if (!rate_exists((int)row[2], row[1]))
+            return fail(call, "%s has 2 x bits = %lld for expert %lld, a rate that codebook %s does not have",
+                        table->name, (long long)row[1], (long long)e, codebook_names[row[2]]);
+        int64_t count = stack->k / MM_TILE * (stack->n / MM_TILE) * MM_TILE_INT16(row[1]);
+        if (row[0] < 0 || row[0] > trellis->numel || count > trellis->numel - row[0])
+            return fail(call, "%s puts expert %lld's %lld elements at offset %lld; %s holds %lld", table->name,
+                        (long long)e, (long long)count, (long long)row[0], trellis->name, (long long)trellis->numel);
+    }
+    return vector_of(call, tensor_at(call, first + 2), experts, stack->k, &stack->suh) &&
+           vector_of(call, tensor_at(call, first + 3), experts, stack->n, &stack->svh) &&
+           bias_of(call, tensor_at(call, first + 4), experts, stack->n, &stack->bias);
+}
+
+/* ids, of int32 or int64 and any strides, as a plain int32 array that the caller frees */
+static int32_t *ids_of(struct mm_call *call, const struct mm_tensor *ids, int64_t experts, int64_t top_k) {
+    bool wide = ids->dtype == mm_torch.aoti_torch_dtype_int64();
+    int32_t *out = mm_alloc((size_t)ids->numel * sizeof *out);
+    if (!out) return fail_memory(call), NULL;
+    for (int64_t i = 0; i < ids->numel; i++) {
+        int64_t offset = 0, rest = i;
+        for (int64_t d = ids->dim - 1; d >= 0; d--) {
+            offset += rest % ids->sizes[d] * ids->strides[d];
+            rest /= ids->sizes[d];
+        }
+        int64_t id = wide ? ((const int64_t *)ids->data)[offset] : ((const int32_t *)ids->data)[offset];
+        if (id < 0 || id >= experts) {
+            mm_free(out);
+            return fail(call, "ids holds %lld at token %lld, slot %lld; expected 0 to %lld", (long long)id,
+                        (long long)(i / top_k), (long long)(i % top_k), (long long)(experts - 1)),
+                   NULL;
+        }
+        out[i] = (int32_t)id;
+    }
+    return out;
+}
+
+/* The arguments that forward and backward share, from argument `first` on. */
+static bool moe_of(struct mm_call *call, int first, struct mm_moe *moe) {
+    enum { X, WEIGHTS, IDS, GATE, UP = GATE + 5, DOWN = UP + 5, INTERMEDIATE = DOWN + 5, ACTIVATION, ALPHA, LIMIT };
+    const struct mm_tensor *x = tensor_at(call, first + X), *weights = tensor_at(call, first + WEIGHTS);
+    const struct mm_tensor *ids = tensor_at(call, first + IDS), *table = tensor_at(call, first + GATE + 1);
+    int activation = 0;
+    if (!rows_of(call, x, &moe->x) || !rows_of(call, weights, &moe->weights) || !same_lead(call, weights, x) ||
+        !same_lead(call, ids, x) ||
+        !find_name(call, first + ACTIVATION, activation_names, MM_ACTIVATION_COUNT, &activation))
+        return false;
+    moe->activation = (enum mm_activation)activation;
+    moe->alpha = (float)call->arguments[first + ALPHA].number;
+    moe->limit = (float)call->arguments[first + LIMIT].number;
+    moe->intermediate = call->arguments[first + INTERMEDIATE].integer;
+    moe->experts = table->dim ? table->sizes[0] : 0;
+    int64_t top_k = moe->weights.columns, hidden = moe->x.columns;
+    if (ids->dtype != mm_torch.aoti_torch_dtype_int32() && ids->dtype != mm_torch.aoti_torch_dtype_int64())
+        return fail(call, "ids has dtype %s; expected int32 or int64", dtype_name(ids->dtype));
+    if (ids->sizes[ids->dim - 1] != top_k)
+        return fail(call, "ids has %lld experts a token; weights has %lld", (long long)ids->sizes[ids->dim - 1],
+                    (long long)top_k);
+    if (top_k > MM_MAX_TOP_K)
+        return fail(call, "weights has %lld experts a token; expected 1 to %d", (long long)top_k, MM_MAX_TOP_K);
+    if (moe->experts < 1 || moe->experts > MM_MAX_EXPERTS)
+        return fail(call, "gate_table has %lld experts; expected 1 to %d", (long long)moe->experts, MM_MAX_EXPERTS);
+    if (moe->intermediate < 1 || moe->intermediate > INT32_MAX)
+        return fail(call, "intermediate is %lld; expected 1 or more", (long long)moe->intermediate);
+    return stack_of(call, first + GATE, moe->experts, hidden, moe->intermediate, &moe->gate) &&
+           stack_of(call, first + UP, moe->experts, hidden, moe->intermediate, &moe->up) &&
+           stack_of(call, first + DOWN, moe->experts, moe->intermediate, hidden, &moe->down);
+}
+
+static bool run_moe_trellis_swiglu(struct mm_call *call) {
+    enum { X, WEIGHTS, IDS };
+    struct mm_moe moe = {0};
+    if (!moe_of(call, 0, &moe)) return false;
+    void *y = rows_output(call, 0, tensor_at(call, X), moe.x.columns);
+    int32_t *ids = y ? ids_of(call, tensor_at(call, IDS), moe.experts, moe.weights.columns) : NULL;
+    if (!ids) return false;
+    moe.ids = ids;
+    bool done = mm_cpu_moe(&moe, y) || fail_memory(call);
+    mm_free(ids);
+    return done;
+}
+
+static bool run_moe_trellis_swiglu_backward(struct mm_call *call) {
+    enum { GRAD, X, WEIGHTS, IDS };
+    struct mm_moe moe = {0};
+    struct mm_rows grad;
+    const struct mm_tensor *x = tensor_at(call, X), *weights = tensor_at(call, WEIGHTS);
+    if (!moe_of(call, 1, &moe) || !rows_of(call, tensor_at(call, GRAD), &grad) ||
+        !same_lead(call, tensor_at(call, GRAD), x))
+        return false;
+    if (grad.columns != moe.x.columns)
+        return fail(call, "grad has %lld columns; x has %lld", (long long)grad.columns, (long long)moe.x.columns);
+    void *dx = rows_output(call, 0, x, moe.x.columns);
+    void *dweights = dx ? rows_output(call, 1, weights, moe.weights.columns) : NULL;
+    int32_t *ids = dweights ? ids_of(call, tensor_at(call, IDS), moe.experts, moe.weights.columns) : NULL;
+    if (!ids) return false;
+    moe.ids = ids;
+    bool done = mm_cpu_moe_backward(&moe, &grad, dx, dweights) || fail_memory(call);
+    mm_free(ids);
+    return done;
+}
+
+/* ---- router ---- */
+
+static bool run_router(struct mm_call *call) {
+    enum { X, GATE, CORRECTION, TOP_K, KIND, RENORMALIZE, SCALE, N_GROUP, TOPK_GROUP };
+    const struct mm_tensor *x = tensor_at(call, X), *gate = tensor_at(call, GATE), *correction = tensor_at(call, CORRECTION);
+    struct mm_router router = {
+        .top_k = call->arguments[TOP_K].integer,
+        .renormalize = call->arguments[RENORMALIZE].truth,
+        .scale = (float)call->arguments[SCALE].number,
+        .n_group = call->arguments[N_GROUP].integer,
+        .topk_group = call->arguments[TOPK_GROUP].integer,
+    };
+    int kind = 0;
+    if (!rows_of(call, x, &router.x) || !rows_of(call, gate, &router.gate) ||
+        !find_name(call, KIND, router_names, MM_ROUTER_COUNT, &kind))
+        return false;
+    router.kind = (enum mm_router_kind)kind;
+    int64_t experts = gate->sizes[0], groups = router.n_group;
+    if (gate->dim != 2 || router.gate.columns != router.x.columns)
+        return fail(call, "gate has shape %s; expected [experts, %lld], the last dimension of x", shape_text(gate).text,
+                    (long long)router.x.columns);
+    if (experts < 1 || experts > MM_MAX_EXPERTS)
+        return fail(call, "gate has %lld experts; expected 1 to %d", (long long)experts, MM_MAX_EXPERTS);
+    if (correction->numel) {
+        if (!rows_of(call, correction, &router.correction)) return false;
+        if (correction->dim != 1 || correction->sizes[0] != experts)
+            return fail(call, "correction has shape %s; expected [%lld], the experts of gate, or an empty tensor",
+                        shape_text(correction).text, (long long)experts);
+    }
+    if (router.top_k < 1 || router.top_k > MM_MAX_TOP_K || router.top_k > experts)
+        return fail(call, "top_k is %lld; expected 1 to %lld (%lld experts, at most %d)", (long long)router.top_k,
+                    (long long)(experts < MM_MAX_TOP_K ? experts : MM_MAX_TOP_K), (long long)experts, MM_MAX_TOP_K);
+    if (groups < 1 || groups > experts || experts % groups)
+        return fail(call, "n_group is %lld; expected a divisor of the %lld experts", (long long)groups,
+                    (long long)experts);
+    if (router.topk_group < 1 || router.topk_group > groups)
+        return fail(call, "topk_group is %lld; expected 1 to n_group, %lld", (long long)router.topk_group,
+                    (long long)groups);
+    if (router.top_k > router.topk_group * (experts / groups))
+        return fail(call, "top_k is %lld; %lld groups of %lld experts hold fewer", (long long)router.top_k,
+                    (long long)router.topk_group, (long long)(experts / groups));
+    int64_t sizes[64];
+    for (int64_t d = 0; d + 1 < x->dim; d++) sizes[d] = x->sizes[d];
+    sizes[x->dim - 1] = router.top_k;
+    float *weights = new_output(call, 0, x->dim, sizes, mm_torch.aoti_torch_dtype_float32());
+    int64_t *ids = weights ? new_output(call, 1, x->dim, sizes, mm_torch.aoti_torch_dtype_int64()) : NULL;
+    sizes[x->dim - 1] = experts;
+    float *logits = ids ? new_output(call, 2, x->dim, sizes, mm_torch.aoti_torch_dtype_float32()) : NULL;
+    return logits && (mm_cpu_router(&router, weights, ids, logits) || fail_memory(call));
+}
+
+/* ---- registration ---- */
+
+enum {
+#define X(name, arguments, results) OP_##name,
+    MM_OPS(X)
+#undef X
+    OP_COUNT
+};
+
+static struct mm_op ops[OP_COUNT];
+
+#define X(name, arguments, results)                                                     \
+    static void boxed_##name(mm_stable_ivalue *stack, uint64_t n_in, uint64_t n_out) { \
+        run_boxed(&ops[OP_##name], stack, n_in, n_out);                                 \
+    }
+MM_OPS(X)
+#undef X
+
+static struct mm_op ops[OP_COUNT] = {
+#define X(name, arguments, results) {.schema = #name "(" arguments ") -> " results, .run_cpu = run_##name, .boxed = boxed_##name},
+    MM_OPS(X)
+#undef X
+};
+
+/* Reads argument types and names off the schema, so that they stand nowhere else. */
+static bool parse_schema(struct mm_op *op) {
+    const char *text = strchr(op->schema, '(') + 1, *end = strstr(op->schema, ") -> ");
+    while (text < end) {
+        char type[16], name[sizeof op->names[0]];
+        int length = 0;
+        if (op->arguments == MM_MAX_ARGUMENTS || sscanf(text, "%15s %23[a-z_]%n", type, name, &length) != 2) return false;
+        op->types[op->arguments] = type[0];
+        memcpy(op->names[op->arguments++], name, sizeof name);
+        text += length;
+        while (text < end && (*text == ',' || *text == ' ')) text++;
+    }
+    for (const char *result = end; (result = strstr(result, "Tensor")); result++) op->outputs++;
+    return op->outputs <= MM_MAX_OUTPUTS;
+}
+
+static int thread_count(void) {
+    uint32_t threads = 1;
+    return mm_torch.torch_get_num_threads(&threads) ? 1 : (int)threads;
+}
+
+static void thread_run(int64_t begin, int64_t end, int64_t grain, mm_parallel_body body, void *context) {
+    /* Items are pulled, so running the body again here, after a pool that failed, does only what is left. */
+    if (mm_torch.torch_parallel_for(begin, end, grain, body, context)) body(begin, end, context);
+}
+
+bool mm_ops_register(const char **message) {
+    /* Both live as long as the process: the dispatcher keeps pointers into them. */
+    static mm_library_handle definitions, kernels;
+    mm_threads = (struct mm_threads){thread_count, thread_run};
+    *message = "PyTorch refused the op library 'metal_marlin'; is another copy of it loaded?";
+    if (mm_torch.aoti_torch_library_init_def("metal_marlin", __FILE__, __LINE__, &definitions) ||
+        mm_torch.aoti_torch_library_init_impl("metal_marlin", "CPU", __FILE__, __LINE__, &kernels))
+        return false;
+    for (int i = 0; i < OP_COUNT; i++) {
+        char name[64];
+        struct mm_op *op = &ops[i];
+        *message = op->schema;
+        snprintf(name, sizeof name, "%.*s", (int)(strchr(op->schema, '(') - op->schema), op->schema);
+        if (!parse_schema(op) || mm_torch.aoti_torch_library_def(definitions, op->schema) ||
+            mm_torch.torch_library_impl(kernels, name, op->boxed, MM_TORCH_ABI_VERSION))
+            return false;
+    }
+    return true;
+}
