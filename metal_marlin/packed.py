@@ -1,0 +1,151 @@
+"""What modules with packed weights have in common, and the stack that holds one projection of all experts of a layer.
+
+Owns how packed weights keep their dtypes when a module is cast, the flat layout of a stack and its table, and the
+check that a loaded state belongs to the module. modules.py computes with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metal_marlin import _C
+from metal_marlin.trellis import TrellisTensor, trellis_problem
+
+
+class Packed(nn.Module):
+    """Keeps the dtype of every buffer: the weights are codes and float16 scales that casting would falsify.
+
+    .to(torch.bfloat16), .float(), .half() and .type() leave them as they are, bit by bit; devices change as usual.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
+        def keep(old: Tensor) -> Tensor:
+            new = fn(old)
+            return new if new.dtype == old.dtype else old.to(new.device)
+
+        super()._apply(keep, recurse)
+        return self
+
+
+class TrellisStack(Packed):
+    """One projection of all experts of a layer: weights only, TrellisExperts computes.
+
+    Buffers, for E experts of one padded size [k, n]: trellis int16 [elements], all experts' tiles back to back; table
+    int64 [E, 3], rows (offset into trellis, 2 * bits, codebook's index in metal_marlin._C.CODEBOOKS); suh float16 [E,
+    k]; svh float16 [E, n]; bias float16 [E, n] or None. Rates and codebooks may differ from expert to expert.
+
+    rates2     2 * bits of every expert
+    codebooks  codebook of every expert
+    ValueError: a codebook, rate or size that the format doesn't have, or more experts than the ops take.
+    """
+
+    trellis: Tensor
+    table: Tensor
+    suh: Tensor
+    svh: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        k: int,
+        n: int,
+        rates2: Sequence[int],
+        codebooks: Sequence[str],
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= len(rates2) <= _C.MAX_EXPERTS or len(codebooks) != len(rates2):
+            raise ValueError(
+                f"rates2 has {len(rates2)} entries, codebooks {len(codebooks)};"
+                f" expected one per expert, 1 to {_C.MAX_EXPERTS}"
+            )
+        self.k, self.n, self.rates2, self.codebooks = k, n, tuple(rates2), tuple(codebooks)
+        self.shapes = [trellis_shape(k, n, r / 2, c) for r, c in zip(self.rates2, self.codebooks, strict=True)]
+        experts, elements = len(self.rates2), sum(a * b * c for a, b, c in self.shapes)
+        self.register_buffer("trellis", torch.zeros(elements, dtype=torch.int16, device=device))
+        self.register_buffer("table", self.make_table(device))
+        self.register_buffer("suh", torch.zeros(experts, k, dtype=torch.float16, device=device))
+        self.register_buffer("svh", torch.zeros(experts, n, dtype=torch.float16, device=device))
+        self.register_buffer("bias", torch.zeros(experts, n, dtype=torch.float16, device=device) if bias else None)
+
+    @classmethod
+    def from_experts(cls, experts: Sequence[TrellisTensor]) -> TrellisStack:
+        """Copies the experts into one stack. ValueError if one is malformed or differs in size or in having a bias."""
+        if not experts:
+            raise ValueError("experts is empty; expected at least 1")
+        first = experts[0].validate()
+        for tensor in experts[1:]:
+            tensor.validate()
+            if (tensor.k, tensor.n) != (first.k, first.n) or (tensor.bias is None) != (first.bias is None):
+                found, want = ([t.k, t.n, "no bias" if t.bias is None else "bias"] for t in (tensor, first))
+                raise ValueError(f"{tensor.name}: is {found}; expected {want}, as {first.name}")
+        rates2, codebooks = [t.rate2 for t in experts], [t.codebook for t in experts]
+        stack = cls(first.k, first.n, rates2, codebooks, bias=first.bias is not None, device="meta")
+        stack.trellis = torch.cat([tensor.trellis.reshape(-1) for tensor in experts])
+        stack.table = stack.make_table(stack.trellis.device)
+        stack.suh = torch.stack([tensor.suh for tensor in experts])
+        stack.svh = torch.stack([tensor.svh for tensor in experts])
+        if first.bias is not None:
+            stack.bias = torch.stack([tensor.bias for tensor in experts if tensor.bias is not None])
+        return stack
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.rates2)
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight, the mean over the experts."""
+        return sum(self.rates2) / len(self.rates2) / 2
+
+    def make_table(self, device: torch.device | str | None = None) -> Tensor:
+        """The table that belongs to the stack's rates and codebooks."""
+        rows, offset = [], 0
+        for (a, b, c), rate2, codebook in zip(self.shapes, self.rates2, self.codebooks, strict=True):
+            rows.append((offset, rate2, _C.CODEBOOKS.index(codebook)))
+            offset += a * b * c
+        return torch.tensor(rows, dtype=torch.int64, device=device)
+
+    def expert(self, e: int) -> TrellisTensor:
+        """The weights of one expert, sharing storage."""
+        a, b, c = self.shapes[e]
+        begin = sum(x * y * z for x, y, z in self.shapes[:e])
+        trellis = self.trellis[begin : begin + a * b * c].view(a, b, c)
+        bias = None if self.bias is None else self.bias[e]
+        return TrellisTensor(trellis, self.suh[e], self.svh[e], self.codebooks[e], bias, f"expert {e}")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Another stack's table would read the tiles at wrong places or rates: an error, like a wrong shape."""
+        table, errors = state_dict.get(f"{prefix}table"), args[-1]
+        if isinstance(table, Tensor) and table.device.type != "meta":
+            want = self.make_table("cpu")
+            if table.shape != want.shape or not torch.equal(table.cpu().to(torch.int64), want):
+                errors.append(
+                    f"{prefix}table: is for 2 * bits and codebooks {table[:4, 1:].tolist()}...;"
+                    f" expected {want[:4, 1:].tolist()}..., as the module was made with"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        rates = sorted({f"{r / 2:g}" for r in self.rates2}), sorted(set(self.codebooks))
+        text = f"bits={'/'.join(rates[0])}, codebook={'/'.join(rates[1])}, bias={self.bias is not None}"
+        return f"experts={self.num_experts}, k={self.k}, n={self.n}, {text}"
+
+
+def trellis_shape(k: int, n: int, bits: float, codebook: str) -> tuple[int, int, int]:
+    """Shape of a trellis of these padded sizes. ValueError if the format has no such codebook, rate or size."""
+    if codebook not in _C.CODEBOOKS:
+        raise ValueError(f"codebook is {codebook!r}; expected one of {', '.join(_C.CODEBOOKS)}")
+    if k % _C.TILE or n % _C.TILE or 2 * bits != int(2 * bits):
+        raise ValueError(f"k is {k}, n is {n}, bits is {bits}; expected multiples of {_C.HADAMARD} and of a half")
+    shape = (k // _C.TILE, n // _C.TILE, int(_C.TILE * bits))
+    problem = trellis_problem(shape, codebook)
+    if problem:
+        raise ValueError(f"trellis: {problem}")
+    return shape
