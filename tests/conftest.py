@@ -1,0 +1,145 @@
+"""What every test shares: the backends and SIMD levels to run on, seeds that a failure prints, and conversions to and
+from NumPy.
+
+BACKENDS is the one place that lists devices. A test that takes `backend` runs once for every entry and, on the CPU,
+for every SIMD level.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import metal_marlin._C as _C
+import numpy as np
+import pytest
+import reference
+import torch
+
+BACKENDS = ("cpu",)  # device strings
+
+GOLDEN = Path(__file__).parent / "golden"
+DTYPES = ("float32", "bfloat16", "float16")
+RATES = [(rate2, name) for name in reference.CODEBOOKS for rate2 in reference.rates2(name)]  # (2 * bits, codebook)
+
+
+def rate_id(rate: tuple[int, str]) -> str:
+    """pytest's name for one entry of RATES, such as mul1-2.5."""
+    return f"{rate[1]}-{rate[0] / 2:g}"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One device, at one SIMD level if it is the CPU."""
+
+    device: str
+    level: str | None = None
+
+    def __str__(self) -> str:
+        return self.device if self.level is None else f"{self.device}-{self.level}"
+
+    def put(self, value: Any, dtype: str | None = None) -> torch.Tensor:
+        """A contiguous tensor on this device; None becomes the empty tensor that the ops take for "no bias"."""
+        if value is None:
+            return torch.empty(0, dtype=torch.float16, device=self.device)
+        tensor = torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value)
+        return tensor.to(device=self.device, dtype=None if dtype is None else getattr(torch, dtype))
+
+    def packed(self, p: reference.Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(trellis, suh, svh) of one matrix."""
+        return self.put(p.trellis), self.put(p.suh), self.put(p.svh)
+
+    def linear(self, x: torch.Tensor, p: reference.Packed, out_features: int) -> torch.Tensor:
+        """trellis_linear on a NumPy weight."""
+        return ops.trellis_linear(x, *self.packed(p), self.put(p.bias), p.codebook, out_features)
+
+    def stack(self, experts: list[reference.Packed]) -> list[torch.Tensor]:
+        """(trellis, table, suh, svh, bias) of one projection: all tiles back to back, a row (offset, 2 * bits,
+        codebook) per expert."""
+        sizes = [p.trellis.size for p in experts]
+        table = [(sum(sizes[:e]), p.rate2, reference.CODEBOOKS.index(p.codebook)) for e, p in enumerate(experts)]
+        bias = None if experts[0].bias is None else np.stack([p.bias for p in experts])
+        flat = np.concatenate([p.trellis.reshape(-1) for p in experts])
+        scales = (np.stack([p.suh for p in experts]), np.stack([p.svh for p in experts]))
+        return [self.put(a) for a in (flat, np.array(table, np.int64), *scales, bias)]
+
+    def moe_args(self, m: reference.Experts) -> list[Any]:
+        """Everything that moe_trellis_swiglu takes after x, weights and ids."""
+        stacks = [tensor for projection in (m.gate, m.up, m.down) for tensor in self.stack(projection)]
+        return [*stacks, m.intermediate, m.activation, m.alpha, m.limit]
+
+    def moe(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, m: reference.Experts) -> torch.Tensor:
+        """moe_trellis_swiglu on NumPy experts."""
+        return ops.moe_trellis_swiglu(x, weights, ids, *self.moe_args(m))
+
+
+ops = torch.ops.metal_marlin
+torch.set_num_threads(1)  # pytest -n gives every core a process; tests of threads set their own count
+TARGETS = [Backend(d, level) for d in BACKENDS for level in (_C.cpu_levels() if d == "cpu" else (None,))]
+
+
+@pytest.fixture(params=TARGETS, ids=str)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every device and SIMD level in turn; the level found at import comes back afterwards."""
+    before = _C.cpu_level()
+    if request.param.level is not None:
+        _C.set_cpu_level(request.param.level)
+    yield request.param
+    _C.set_cpu_level(before)
+
+
+@pytest.fixture(params=BACKENDS)
+def device(request: pytest.FixtureRequest) -> Backend:
+    """Every device at the level found at import, for tests of what no SIMD level can change."""
+    return Backend(request.param)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers that depend on the test's name; METAL_MARLIN_SEED=N tries others. pytest shows the print when
+    the test fails."""
+    seed = int(os.environ.get("METAL_MARLIN_SEED", zlib.crc32(request.node.name.encode())))
+    print(f"METAL_MARLIN_SEED={seed}")
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """For tests that call torch.set_num_threads: puts the count back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def array(tensor: torch.Tensor) -> np.ndarray:
+    """float64 (or int64) copy of a tensor of any dtype and device."""
+    tensor = tensor.detach().cpu()
+    return (tensor.double() if tensor.is_floating_point() else tensor.long()).numpy()
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bytes as integers, so that equality means identical: -0 differs from 0, and NaN equals itself."""
+    return (
+        tensor.detach().cpu().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    )
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors agree in shape, dtype and every bit."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def assert_close(got: torch.Tensor, want: np.ndarray, bound: np.ndarray, what: str = "") -> None:
+    """Fails unless |got - want| <= bound everywhere, and says where it was worst and by how much."""
+    got_array = array(got)
+    assert got_array.shape == want.shape, f"{what}: shape {got_array.shape}, expected {want.shape}"
+    if want.size == 0:
+        return
+    error = np.abs(got_array - want)
+    worst = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error / bound)), error.shape)
+    message = f"{what}: at {tuple(map(int, worst))} got {got_array[worst]}, expected {want[worst]} +- {bound[worst]}"
+    assert bool((error <= bound).all()), message
