@@ -96,6 +96,67 @@ inline void decode_lane(TileWords words, uint lane, thread half* weights) {
   }
 }
 
+// ---- decoding two tiles at once, for the products with few rows ----
+//
+// Half a simdgroup owns a tile, a lane 16 positions: K halfwords of the stream at integer rates. A window is then the high half of
+// a register that holds two neighbouring halfwords and only shifts left, by steps of at most 4: right shifts and bit fields cost
+// an Apple GPU 4 cycles, short left shifts ride on an add (tests/agx has the count).
+
+// w << by. `zero` is 0, but only known at run time: it keeps the compiler from merging the steps into a bit field operation.
+inline uint shift_left(uint w, uint by, uint zero) {
+  for (; by > 4; by -= 4) w = (w << 4) + zero;
+  return (w << by) + zero;
+}
+
+// states [16]: positions 16 m .. 16 m + 15 (m = lane % 16) of the half's tile.
+template <int RATE2>
+inline void decode_states(device const uint* tile, uint lane, uint zero, thread ushort* states) {
+  uint m = lane & 15, half_lanes = lane & 16;
+  if (RATE2 % 2 == 0) {
+    constexpr int K = RATE2 / 2;
+    ushort halves[K];
+    for (int i = 0; i < K; i++)  // within a word, the stream's first half is the high one
+      halves[i] = K % 2 == 0 ? as_type<ushort2>(tile[m * (K / 2) + i / 2])[1 - i % 2]
+                             : ((device const ushort*)tile)[(m * K + i) ^ 1];
+    ushort before = simd_shuffle(halves[K - 1], ushort(half_lanes | ((m + 15) & 15)));
+    int j = 0;
+    for (int i = 0; i < K; i++) {
+      uint window = as_type<uint>(ushort2(halves[i], before));
+      before = halves[i];
+      for (int at = 16 * i; j < 16 && (j + 1) * K <= 16 * (i + 1); j++) {
+        window = shift_left(window, (j + 1) * K - at, zero);
+        at = (j + 1) * K;
+        states[j] = as_type<ushort2>(window).y;
+      }
+    }
+  } else {
+    constexpr uint words = 4 * RATE2, bits = 32 * words;
+    uint low = m < words ? tile[m] : 0u, high = m + 16 < words ? tile[m + 16] : 0u;
+    for (int j = 0; j < 16; j++) {
+      uint bit = 8 * m * RATE2 + window_end<RATE2>(j) + bits - MM_WINDOW_BITS;
+      if (bit >= bits) bit -= bits;
+      uint index = bit >> 5, next = index + 1 == words ? 0 : index + 1, shift = bit & 31;
+      ushort from = ushort(half_lanes | (index & 15)), from_next = ushort(half_lanes | (next & 15));
+      uint a = simd_shuffle(low, from), b = simd_shuffle(high, from);
+      uint c = simd_shuffle(low, from_next), d = simd_shuffle(high, from_next);
+      uint first = index < 16 ? a : b, second = next < 16 ? c : d;
+      states[j] = ushort((shift == 0 ? first : (first << shift) | (second >> (32 - shift))) >> 16);
+    }
+  }
+}
+
+// A state's weight up to RAW_SCALE and RAW_BIAS, which are applied once a sum. mul1: the byte sum S, read as a subnormal half
+// (S * 2^-24); the format's rounding of every weight to half is left out, at most 2^-10 each. Others: the weight itself.
+template <int CODEBOOK>
+inline float raw_value(uint state) {
+  if (CODEBOOK != MM_CODEBOOK_MUL1) return float(codebook_value<CODEBOOK>(state));
+  uint word = codebook_word<CODEBOOK>(state);
+  ushort2 pairs = as_type<ushort2>((word & 0x00FF00FFu) + ((word >> 8) & 0x00FF00FFu));
+  return float(as_type<half>(ushort(pairs.x + pairs.y)));
+}
+#define RAW_SCALE (MM_MUL1_SCALE * 16777216.0f)
+#define RAW_BIAS (1024.0f * MM_MUL1_SCALE + MM_MUL1_BIAS)
+
 // ---- Hadamard ----
 
 // v = elements 4 lane .. 4 lane + 3 of a row of 128; returns the transform's, scaled by 1/sqrt(128).

@@ -14,14 +14,14 @@ struct Expert {
   device const half* suh;
   device const half* svh;
   device const half* bias;
-  uint n, rate2, format;
+  uint n, rate2, codebook;
 };
 
 inline Expert find_expert(device const uint* trellis, device const long* table, device const half* suh,
                           device const half* svh, device const half* bias, uint expert, uint k, uint n) {
   Expert found;
   found.rate2 = uint(table[3 * expert + 1]);
-  found.format = uint(table[3 * expert + 2]) * 32 + found.rate2;
+  found.codebook = uint(table[3 * expert + 2]);
   found.tiles = trellis + table[3 * expert] / 2;  // the table counts int16
   found.suh = suh + ulong(expert) * k;
   found.svh = svh + ulong(expert) * n;
@@ -40,12 +40,12 @@ inline uint row_words(thread const Expert& expert) { return expert.n / 16 * (4 *
 
 template <int ROWS>
 inline void multiply_expert(thread const Expert& expert, uint block, uint tile_column, threadgroup const float* x,
-                            uint lane, thread float* sums) {
+                            uint lane, uint zero, thread float* sums) {
   device const uint* tiles = tile_at(expert, block * 8, tile_column);
-  switch (expert.format) {
+  switch (expert.codebook * 32 + expert.rate2) {
 #define X(codebook, rate2)                                                                     \
   case (codebook) * 32 + (rate2):                                                              \
-    multiply_rows<codebook, rate2, ROWS>(tiles, row_words(expert), x, lane, sums);             \
+    multiply_rows<codebook, rate2, ROWS>(tiles, row_words(expert), x, lane, zero, sums);       \
     break;
     MM_CASES(X)
 #undef X
@@ -55,7 +55,7 @@ inline void multiply_expert(thread const Expert& expert, uint block, uint tile_c
 inline void multiply_expert(thread const Expert& expert, uint block, uint tile_column, threadgroup const float* x,
                             threadgroup float* tile, uint lane, thread Sums& sums) {
   device const uint* tiles = tile_at(expert, block * 8, tile_column);
-  switch (expert.format) {
+  switch (expert.codebook * 32 + expert.rate2) {
 #define X(codebook, rate2)                                                                     \
   case (codebook) * 32 + (rate2):                                                              \
     multiply_tile_rows<codebook, rate2>(tiles, row_words(expert), x, tile, lane, sums);        \

@@ -18,10 +18,13 @@ inline void write_row(device MM_T* y, float4 v, uint column, uint width, uint la
 // Up to MM_ROWS rows. Simdgroup: column tile simd % 8, and every MM_DECODE_SPLITS-th block of inputs.
 kernel void linear_decode(LINEAR_ARGUMENTS) {
   threadgroup float shared_rows[MM_DECODE_SPLITS * MM_ROWS * 128];
+  threadgroup float x_sums[MM_DECODE_SPLITS * MM_ROWS];
   uint in = uint(in_features), out = uint(out_features), blocks = MM_PAD(in) / 128, n = MM_PAD(out);
   uint tile = simd & 7, split = simd >> 3, column = group.x * 128;
   threadgroup float* mine = shared_rows + split * MM_ROWS * 128;
   float sums[2 * MM_ROWS] = {0};
+  float x_sum = 0.0f;  // of the row that this simdgroup rotates, over its blocks
+  uint zero = uint(ulong(rows) >> 63);
   for (uint first = 0; first < blocks; first += MM_DECODE_SPLITS) {
     uint block = first + split;
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -29,23 +32,31 @@ kernel void linear_decode(LINEAR_ARGUMENTS) {
       float4 v = 0.0f;
       if (tile < uint(rows)) v = hadamard128(load_scaled(x + tile * in, suh, block * 128, in, lane), lane);
       store_tiled(mine + tile * 128, v, lane);
+      x_sum += simd_sum(sum4(v));
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (block < blocks) {
 #define X(codebook, rate2)                                                                                          \
   multiply_rows<codebook, rate2, MM_ROWS>(trellis + (ulong(block) * 8 * (n / 16) + group.x * 8 + tile) * (4 * rate2), \
-                                          n / 16 * (4 * rate2), mine, lane, sums);
+                                          n / 16 * (4 * rate2), mine, lane, zero, sums);
       MM_CASES(X)
 #undef X
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   store_sums<MM_ROWS>(mine, sums, tile, lane);
+  if (tile < MM_ROWS && lane == 0) x_sums[split * MM_ROWS + tile] = x_sum;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (simd < MM_ROWS && simd < uint(rows)) {
     float4 v = 0.0f;
-    for (uint s = 0; s < MM_DECODE_SPLITS; s++)
+    x_sum = 0.0f;
+    for (uint s = 0; s < MM_DECODE_SPLITS; s++) {
       v += *(threadgroup const float4*)(shared_rows + (s * MM_ROWS + simd) * 128 + 4 * lane);
+      x_sum += x_sums[s * MM_ROWS + simd];
+    }
+#define X(codebook, rate2) v = finish_sums(v, x_sum, codebook);
+    MM_CASES(X)
+#undef X
     v = scale_output(hadamard128(v, lane), svh, bias, MM_HAS_BIAS, column, lane);
     write_row(y + simd * out, v, column, out, lane);
   }

@@ -34,6 +34,7 @@ kernel void moe_gate_up_decode(device const MM_T* x [[buffer(MOE_X)]], device co
                                uint simd [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   constexpr uint splits = MM_DECODE_SPLITS / 2;
   threadgroup float shared_rows[MM_DECODE_SPLITS * MM_ROWS * 128];
+  threadgroup float x_sums[MM_DECODE_SPLITS * MM_ROWS];
   threadgroup uint members[MM_ROWS];
   uint h = uint(hidden), inner = uint(intermediate), k = MM_PAD(h), n = MM_PAD(inner), column = group.x * 128;
   uint top = uint(top_k);
@@ -48,6 +49,8 @@ kernel void moe_gate_up_decode(device const MM_T* x [[buffer(MOE_X)]], device co
   if (is_up) mine = up;
   threadgroup float* rows = shared_rows + part * MM_ROWS * 128;
   float sums[2 * MM_ROWS] = {0};
+  float x_sum = 0.0f;  // of the row that this simdgroup rotates, over its blocks
+  uint zero = uint(ulong(tokens) >> 63);
   for (uint first = 0; first < k / 128; first += splits) {
     uint block = first + split;
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -55,19 +58,26 @@ kernel void moe_gate_up_decode(device const MM_T* x [[buffer(MOE_X)]], device co
       float4 v = 0.0f;
       if (tile < count) v = hadamard128(load_scaled(x + members[tile] / top * h, mine.suh, block * 128, h, lane), lane);
       store_tiled(rows + tile * 128, v, lane);
+      x_sum += simd_sum(sum4(v));
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (block < k / 128) multiply_expert<MM_ROWS>(mine, block, group.x * 8 + tile, rows, lane, sums);
+    if (block < k / 128) multiply_expert<MM_ROWS>(mine, block, group.x * 8 + tile, rows, lane, zero, sums);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   store_sums<MM_ROWS>(rows, sums, tile, lane);
+  if (tile < MM_ROWS && lane == 0) x_sums[part * MM_ROWS + tile] = x_sum;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (simd < count) {
     float4 g = 0.0f, u = 0.0f;
+    float g_sum = 0.0f, u_sum = 0.0f;
     for (uint s = 0; s < splits; s++) {
       g += *(threadgroup const float4*)(shared_rows + (2 * s * MM_ROWS + simd) * 128 + 4 * lane);
       u += *(threadgroup const float4*)(shared_rows + ((2 * s + 1) * MM_ROWS + simd) * 128 + 4 * lane);
+      g_sum += x_sums[2 * s * MM_ROWS + simd];
+      u_sum += x_sums[(2 * s + 1) * MM_ROWS + simd];
     }
+    g = finish_sums(g, g_sum, gate.codebook);
+    u = finish_sums(u, u_sum, up.codebook);
     g = scale_output(hadamard128(g, lane), gate.svh, gate.bias, MM_HAS_GATE_BIAS, column, lane);
     u = scale_output(hadamard128(u, lane), up.svh, up.bias, MM_HAS_UP_BIAS, column, lane);
     store_activation(act + ulong(members[simd]) * n + column, g, u, down_suh + ulong(e) * n, column, inner,
@@ -84,11 +94,13 @@ kernel void moe_down_decode(device const float* act [[buffer(DOWN_ACT)]], device
                             uint3 group [[threadgroup_position_in_grid]], uint simd [[simdgroup_index_in_threadgroup]],
                             uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float shared_rows[MM_DECODE_SPLITS * MM_ROWS * 128];
+  threadgroup float x_sums[MM_DECODE_SPLITS * MM_ROWS];
   threadgroup uint members[MM_ROWS];
   uint h = uint(hidden), k = MM_PAD(uint(intermediate)), n = MM_PAD(h), column = group.x * 128, top = uint(top_k);
   uint pairs = uint(tokens) * top, tile = simd & 7, split = simd >> 3;
   threadgroup float* rows = shared_rows + split * MM_ROWS * 128;
   float4 total = 0.0f;  // of token `simd`
+  uint zero = uint(ulong(tokens) >> 63);
   for (uint pair = 0; pair < pairs; pair++) {
     if (!in_range(ids[pair], uint(experts))) {  // nothing to multiply by: the token's result is no number
       if (pair / top == simd) total = NAN;
@@ -100,6 +112,7 @@ kernel void moe_down_decode(device const float* act [[buffer(DOWN_ACT)]], device
     threadgroup_barrier(mem_flags::mem_threadgroup);
     Expert down = FIND(down, uint(ids[pair]), k, n);
     float sums[2 * MM_ROWS] = {0};
+    float x_sum = 0.0f;
     for (uint first = 0; first < k / 128; first += MM_DECODE_SPLITS) {
       uint block = first + split;
       threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -107,18 +120,24 @@ kernel void moe_down_decode(device const float* act [[buffer(DOWN_ACT)]], device
         float4 v = 0.0f;
         if (tile < count) v = *(device const float4*)(act + ulong(members[tile]) * k + block * 128 + 4 * lane);
         *(threadgroup float4*)(rows + tile * 128 + 4 * lane) = v;
+        x_sum += simd_sum(sum4(v));
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      if (block < k / 128) multiply_expert<MM_ROWS>(down, block, group.x * 8 + tile, rows, lane, sums);
+      if (block < k / 128) multiply_expert<MM_ROWS>(down, block, group.x * 8 + tile, rows, lane, zero, sums);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     store_sums<MM_ROWS>(rows, sums, tile, lane);
+    if (tile < MM_ROWS && lane == 0) x_sums[split * MM_ROWS + tile] = x_sum;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint r = 0; r < count; r++) {
       if (members[r] / top != simd) continue;
       float4 v = 0.0f;
-      for (uint s = 0; s < MM_DECODE_SPLITS; s++)
+      x_sum = 0.0f;
+      for (uint s = 0; s < MM_DECODE_SPLITS; s++) {
         v += *(threadgroup const float4*)(shared_rows + (s * MM_ROWS + r) * 128 + 4 * lane);
+        x_sum += x_sums[s * MM_ROWS + r];
+      }
+      v = finish_sums(v, x_sum, down.codebook);
       v = scale_output(hadamard128(v, lane), down.svh, down.bias, MM_HAS_DOWN_BIAS, column, lane);
       total += float(weights[members[r]]) * v;
     }

@@ -6,19 +6,24 @@
 
 // ---- decode ----
 
-// sums [2 ROWS] += x [ROWS, 128] (in decoding order) times the 128 inputs x 16 columns whose first tile is `tiles`;
-// the lane's columns are c and c + 8, and its rows of a tile the four of q.
+// sums [2 ROWS] += x [ROWS, 128] (in decoding order) times the 128 inputs x 16 columns whose first tile is `tiles`. The lower
+// half of the simdgroup takes the even tiles, the upper the odd ones; a lane's columns are c = (lane % 16) / 2 and c + 8, its
+// rows of a tile those of q = 2 (lane % 2) and q + 1.
 template <int CODEBOOK, int RATE2, int ROWS>
-inline void multiply_rows(device const uint* tiles, uint row_words, threadgroup const float* x, uint lane,
+inline void multiply_rows(device const uint* tiles, uint row_words, threadgroup const float* x, uint lane, uint zero,
                           thread float* sums) {
-  uint q = lane & 3;
-  for (uint t = 0; t < 8; t++) {
-    half weights[8];
-    decode_lane<CODEBOOK, RATE2>(load_tile<RATE2>(tiles + t * row_words, lane), lane, weights);
-    for (int r = 0; r < ROWS; r++) {
-      float4 v = *(threadgroup const float4*)(x + r * 128 + t * 16 + q * 4);
-      sums[2 * r] += float(weights[0]) * v.x + float(weights[1]) * v.y + float(weights[2]) * v.z + float(weights[3]) * v.w;
-      sums[2 * r + 1] += float(weights[4]) * v.x + float(weights[5]) * v.y + float(weights[6]) * v.z + float(weights[7]) * v.w;
+  tiles += (lane >> 4) * row_words;
+  x += (lane >> 4) * 16 + (lane & 1) * 8;
+  for (uint t = 0; t < 8; t += 2) {
+    ushort states[16];
+    decode_states<RATE2>(tiles + t * row_words, lane, zero, states);
+    for (int part = 0; part < 4; part++) {  // 4 rows of column c, of c + 8; the next 4 rows
+      float weights[4];
+      for (int i = 0; i < 4; i++) weights[i] = raw_value<CODEBOOK>(states[4 * part + i]);
+      for (int r = 0; r < ROWS; r++) {
+        float4 v = *(threadgroup const float4*)(x + r * 128 + t * 16 + part / 2 * 4);
+        sums[2 * r + part % 2] += weights[0] * v.x + weights[1] * v.y + weights[2] * v.z + weights[3] * v.w;
+      }
     }
   }
 }
@@ -30,10 +35,17 @@ inline void store_sums(threadgroup float* out, thread const float* sums, uint ti
     for (uint side = 0; side < 2; side++) {
       float sum = sums[2 * r + side];
       sum += simd_shuffle_xor(sum, ushort(1));
-      sum += simd_shuffle_xor(sum, ushort(2));
-      if ((lane & 3) == 0) out[r * 128 + tile * 16 + side * 8 + (lane >> 2)] = sum;
+      sum += simd_shuffle_xor(sum, ushort(16));
+      if ((lane & 17) == 0) out[r * 128 + tile * 16 + side * 8 + (lane >> 1)] = sum;
     }
 }
+
+// What raw_value left out, for the sums v of one row: x_sum is the sum of all its rotated inputs.
+inline float4 finish_sums(float4 v, float x_sum, uint codebook) {
+  return codebook == MM_CODEBOOK_MUL1 ? v * RAW_SCALE + RAW_BIAS * x_sum : v;
+}
+
+inline float sum4(float4 v) { return (v.x + v.y) + (v.z + v.w); }
 
 // ---- prefill ----
 
