@@ -111,27 +111,36 @@ inline uint shift_left(uint w, uint by, uint zero) {
 // states [16]: positions 16 m .. 16 m + 15 (m = lane % 16) of the half's tile.
 template <int RATE2>
 inline void decode_states(device const uint* tile, uint lane, uint zero, thread ushort* states) {
-  uint m = lane & 15, half_lanes = lane & 16;
+  uint m = lane & 15;
   if (RATE2 % 2 == 0) {
     constexpr int K = RATE2 / 2;
     ushort halves[K];
-    for (int i = 0; i < K; i++)  // within a word, the stream's first half is the high one
-      halves[i] = K % 2 == 0 ? as_type<ushort2>(tile[m * (K / 2) + i / 2])[1 - i % 2]
-                             : ((device const ushort*)tile)[(m * K + i) ^ 1];
-    ushort before = simd_shuffle(halves[K - 1], ushort(half_lanes | ((m + 15) & 15)));
-    int j = 0;
-    for (int i = 0; i < K; i++) {
-      uint window = as_type<uint>(ushort2(halves[i], before));
-      before = halves[i];
-      for (int at = 16 * i; j < 16 && (j + 1) * K <= 16 * (i + 1); j++) {
-        window = shift_left(window, (j + 1) * K - at, zero);
-        at = (j + 1) * K;
-        states[j] = as_type<ushort2>(window).y;
+    if (K % 2 == 0) {
+      for (int i = 0; i < K; i += 2) {  // within a word, the stream's first half is the high one
+        ushort2 word = as_type<ushort2>(tile[m * (K / 2) + i / 2]);
+        halves[i] = word.y;
+        halves[i + 1] = word.x;
       }
+    } else {
+      for (int i = 0; i < K; i++) halves[i] = ((device const ushort*)tile)[(m * K + i) ^ 1];
+    }
+    // The halfword before a lane's first: its neighbour's last, which lies in the same cache line; a load costs no arithmetic.
+    ushort before = ((device const ushort*)tile)[((m * K + 16 * K - 1) % (16 * K)) ^ 1];
+    uint window = 0;
+    int at = 0;
+    for (int j = 0; j < 16; j++) {  // all of it is constant but the shifts, once unrolled
+      int end = (j + 1) * K, i = (end - 1) / 16;
+      if (j == 0 || i != (end - K - 1) / 16) {
+        window = as_type<uint>(ushort2(halves[i], i == 0 ? before : halves[i - 1]));
+        at = 16 * i;
+      }
+      window = shift_left(window, uint(end - at), zero);
+      at = end;
+      states[j] = as_type<ushort2>(window).y;
     }
   } else {
     constexpr uint words = 4 * RATE2, bits = 32 * words;
-    uint low = m < words ? tile[m] : 0u, high = m + 16 < words ? tile[m + 16] : 0u;
+    uint half_lanes = lane & 16, low = m < words ? tile[m] : 0u, high = m + 16 < words ? tile[m + 16] : 0u;
     for (int j = 0; j < 16; j++) {
       uint bit = 8 * m * RATE2 + window_end<RATE2>(j) + bits - MM_WINDOW_BITS;
       if (bit >= bits) bit -= bits;
