@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
+import torch._dynamo.testing
 from conftest import Backend, ops, same_bits
 from samples import DIFFERENTIABLE, OPS, linear_args, moe_args, outputs, router_args
 
