@@ -47,18 +47,20 @@ static bool fail(struct mm_call *call, const char *format, ...) {
 
 static bool fail_memory(struct mm_call *call) { return fail(call, "out of memory for scratch buffers"); }
 
-static const char *dtype_name(int32_t dtype) {
-#define DTYPE(name) \
-    if (dtype == mm_torch.aoti_torch_dtype_##name()) return #name;
-    DTYPE(float64) DTYPE(float32) DTYPE(float16) DTYPE(bfloat16) DTYPE(int64) DTYPE(int32) DTYPE(int16) DTYPE(int8)
-    DTYPE(uint8) DTYPE(bool)
-#undef DTYPE
-    return "another dtype";
-}
-
 struct text {
     char text[160];
 };
+
+static struct text dtype_name(int32_t dtype) {
+    struct text out = {""};
+#define DTYPE(name) \
+    if (dtype == mm_torch.aoti_torch_dtype_##name()) return (struct text){#name};
+    DTYPE(float64) DTYPE(float32) DTYPE(float16) DTYPE(bfloat16) DTYPE(int64) DTYPE(int32) DTYPE(int16) DTYPE(int8)
+    DTYPE(uint8) DTYPE(bool)
+#undef DTYPE
+    snprintf(out.text, sizeof out.text, "number %d of PyTorch's list", (int)dtype); /* complex, float8 and the like */
+    return out;
+}
 
 static struct text shape_text(const struct mm_tensor *tensor) {
     struct text out = {"["};
@@ -71,6 +73,9 @@ static struct text shape_text(const struct mm_tensor *tensor) {
 }
 
 /* ---- unboxing ---- */
+
+/* Whether the call's tensors belong to the MPS backend (in tests, an emulator makes that the CPU's). */
+static bool on_mps(const struct mm_call *call) { return call->device_type == mm_mps_device_type(); }
 
 static bool unbox_tensor(struct mm_call *call, struct mm_tensor *tensor) {
     int64_t *sizes = NULL, *strides = NULL;
@@ -88,14 +93,26 @@ static bool unbox_tensor(struct mm_call *call, struct mm_tensor *tensor) {
     for (int64_t d = 0; d < tensor->dim; d++) tensor->numel *= sizes[d];
     if (!call->has_tensor) call->device_type = tensor->device_type;
     call->has_tensor = true;
+    if (!on_mps(call) && call->device_type != mm_torch.aoti_torch_device_type_cpu())
+        return fail(call, "%s is on device type %d; expected the CPU%s", tensor->name, (int)call->device_type,
+                    mm_mps_device_type() < 0 ? " (the MPS backend is off: python -m metal_marlin info says why)" : " or MPS");
     if (tensor->device_type != call->device_type)
         return fail(call, "%s is on device type %d, an earlier argument on %d; expected all tensors on one device",
                     tensor->name, (int)tensor->device_type, (int)call->device_type);
     return true;
 }
 
-/* Whether the call's tensors belong to the MPS backend (in tests, an emulator makes that the CPU's). */
-static bool on_mps(const struct mm_call *call) { return call->device_type == mm_mps_device_type(); }
+
+static bool unbox_string(struct mm_call *call, struct mm_argument *argument, const char *name) {
+    size_t length = 0;
+    if (mm_torch.torch_string_c_str(argument->string_handle, &argument->string) ||
+        mm_torch.torch_string_length(argument->string_handle, &length))
+        return fail(call, "%s could not be read", name);
+    if (strlen(argument->string) != length)
+        return fail(call, "%s is '%.40s' and %zu characters more after a NUL; expected plain text", name,
+                    argument->string, length - strlen(argument->string));
+    return true;
+}
 
 static bool unbox_argument(struct mm_call *call, int index, mm_stable_ivalue value) {
     struct mm_argument *argument = &call->arguments[index];
@@ -114,9 +131,7 @@ static bool unbox_argument(struct mm_call *call, int index, mm_stable_ivalue val
     case 'l':
         return true;
     default:
-        if (mm_torch.torch_string_c_str(argument->string_handle, &argument->string))
-            return fail(call, "%s could not be read", call->op->names[index]);
-        return true;
+        return unbox_string(call, argument, call->op->names[index]);
     }
 }
 
@@ -216,7 +231,7 @@ static bool rows_of(struct mm_call *call, const struct mm_tensor *tensor, struct
         return fail(call, "%s has %lld dimensions; expected 1 to 64", tensor->name, (long long)tensor->dim);
     if (!float_type(tensor->dtype, &rows->type))
         return fail(call, "%s has dtype %s; expected float32, bfloat16 or float16", tensor->name,
-                    dtype_name(tensor->dtype));
+                    dtype_name(tensor->dtype).text);
     rows->data = tensor->data;
     rows->columns = tensor->sizes[tensor->dim - 1];
     rows->column_stride = tensor->strides[tensor->dim - 1];
@@ -242,7 +257,7 @@ static bool same_lead(struct mm_call *call, const struct mm_tensor *tensor, cons
 
 static bool packed(struct mm_call *call, const struct mm_tensor *tensor, int32_t dtype, int64_t dim) {
     if (tensor->dtype != dtype)
-        return fail(call, "%s has dtype %s; expected %s", tensor->name, dtype_name(tensor->dtype), dtype_name(dtype));
+        return fail(call, "%s has dtype %s; expected %s", tensor->name, dtype_name(tensor->dtype).text, dtype_name(dtype).text);
     if (tensor->dim != dim)
         return fail(call, "%s has shape %s; expected %lld dimensions", tensor->name, shape_text(tensor).text,
                     (long long)dim);
@@ -439,6 +454,9 @@ static bool table_of(struct mm_call *call, const struct mm_tensor *trellis, cons
         if (!mm_format_in(formats, (int)row[2], (int)row[1]))
             return fail(call, "%s has codebook %s at 2 x bits = %lld for expert %lld, which formats (%lld) leaves out",
                         table->name, codebook_names[row[2]], (long long)row[1], (long long)e, (long long)formats);
+        if (row[0] % MM_TILE_ALIGNMENT)
+            return fail(call, "%s has offset %lld for expert %lld; expected a multiple of %d, as tiles are stored",
+                        table->name, (long long)row[0], (long long)e, MM_TILE_ALIGNMENT);
         int64_t count = stack->k / MM_TILE * (stack->n / MM_TILE) * MM_TILE_INT16(row[1]);
         if (row[0] < 0 || row[0] > trellis->numel || count > trellis->numel - row[0])
             return fail(call, "%s puts expert %lld's %lld elements at offset %lld; %s holds %lld", table->name,
@@ -465,6 +483,24 @@ static bool stack_of(struct mm_call *call, int first, int64_t experts, int64_t i
     return vector_of(call, tensor_at(call, first + 2), experts, stack->k, &stack->suh) &&
            vector_of(call, tensor_at(call, first + 3), experts, stack->n, &stack->svh) &&
            bias_of(call, tensor_at(call, first + 4), experts, stack->n, &stack->bias);
+}
+
+/* Whether the widths that the caller gave are those that a stack's scales were made for: before anything else is derived from
+ * them, so that the message names the width and not the tensor. `x` NULL: the input is the expert's inner width. */
+static bool stack_fits(struct mm_call *call, int first, const char *x, int64_t in_features, int64_t out_features) {
+    const struct mm_tensor *suh = tensor_at(call, first + 2), *svh = tensor_at(call, first + 3);
+    const struct mm_tensor *scales[2] = {suh, svh};
+    int64_t widths[2] = {in_features, out_features};
+    for (int side = 0; side < 2; side++) {
+        int64_t padded = scales[side]->dim == 2 ? scales[side]->sizes[1] : MM_PAD(widths[side]);
+        bool hidden = (side == 0) == (x != NULL);
+        if (MM_PAD(widths[side]) != padded && padded % MM_HADAMARD == 0 && padded > 0)
+            return fail(call, "%s %lld (%lld padded); %s with shape %s was made for %lld to %lld",
+                        hidden ? "x's last dimension is" : "intermediate is", (long long)widths[side],
+                        (long long)MM_PAD(widths[side]), scales[side]->name, shape_text(scales[side]).text, (long long)(padded - MM_HADAMARD + 1),
+                        (long long)padded);
+    }
+    return true;
 }
 
 /* ids, of int32 or int64 and any strides, as a plain int32 array that the caller frees */
@@ -507,7 +543,7 @@ static bool moe_of(struct mm_call *call, int first, struct mm_moe *moe, int64_t 
     moe->experts = table->dim ? table->sizes[0] : 0;
     int64_t top_k = moe->weights.columns, hidden = moe->x.columns;
     if (ids->dtype != mm_torch.aoti_torch_dtype_int32() && ids->dtype != mm_torch.aoti_torch_dtype_int64())
-        return fail(call, "ids has dtype %s; expected int32 or int64", dtype_name(ids->dtype));
+        return fail(call, "ids has dtype %s; expected int32 or int64", dtype_name(ids->dtype).text);
     if (ids->sizes[ids->dim - 1] != top_k)
         return fail(call, "ids has %lld experts a token; weights has %lld", (long long)ids->sizes[ids->dim - 1],
                     (long long)top_k);
@@ -521,7 +557,10 @@ static bool moe_of(struct mm_call *call, int first, struct mm_moe *moe, int64_t 
     if (!*formats)
         return fail(call, "formats is %lld; expected -1 or bits 16 x codebook + 2 x bits - 1 of what occurs",
                     (long long)call->arguments[first + FORMATS].integer);
-    return stack_of(call, first + GATE, moe->experts, hidden, moe->intermediate, *formats, &moe->gate) &&
+    return stack_fits(call, first + GATE, x->name, hidden, moe->intermediate) &&
+           stack_fits(call, first + UP, x->name, hidden, moe->intermediate) &&
+           stack_fits(call, first + DOWN, NULL, moe->intermediate, hidden) &&
+           stack_of(call, first + GATE, moe->experts, hidden, moe->intermediate, *formats, &moe->gate) &&
            stack_of(call, first + UP, moe->experts, hidden, moe->intermediate, *formats, &moe->up) &&
            stack_of(call, first + DOWN, moe->experts, moe->intermediate, hidden, *formats, &moe->down);
 }

@@ -1,6 +1,7 @@
 """EXL3 (trellis-quantized) linear layers and mixtures of experts for PyTorch.
 
-`import metal_marlin` registers `torch.ops.metal_marlin`; `import metal_marlin.hf` adds the Hugging Face transformers loader.
+`import metal_marlin` registers `torch.ops.metal_marlin`; `import metal_marlin.hf` adds the loader for Hugging Face
+transformers.
 """
 
 import torch  # noqa: F401  (first: the C extension looks for PyTorch's C ABI in the running process)

@@ -13,19 +13,26 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
-from transformers.integrations.moe import ExpertsInterface
-from transformers.quantizers import auto
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+
+try:
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
+    from transformers.integrations.moe import ExpertsInterface
+    from transformers.quantizers import auto
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+except ImportError as error:
+    raise ImportError(
+        f"metal_marlin.hf needs transformers 5.8 or newer ({error}): pip install 'transformers>=5.8'"
+    ) from error
 
 from metal_marlin.hf_experts import experts_forward
 from metal_marlin.hf_plan import PROJECTIONS, Plan, apply_plan, check_load, make_plan
@@ -38,7 +45,8 @@ from metal_marlin.weights import Checkpoint
 
 METHOD = "exl3"
 EXPERTS_IMPLEMENTATION = "metal_marlin"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALVES)
 logger = logging.getLogger("transformers.metal_marlin")
 
 
@@ -88,8 +96,7 @@ class UnpackSigns(ConversionOps):
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
         (tensors,) = input_dict.values()
-        signs = [unpack_signs(tensor) for tensor in tensors]
-        return {target_patterns[0]: signs if "experts" in target_patterns[0] else signs[0]}
+        return {target_patterns[0]: [unpack_signs(tensor) for tensor in tensors]}
 
 
 class Exl3Quantizer(HfQuantizer):
@@ -100,6 +107,8 @@ class Exl3Quantizer(HfQuantizer):
     def __init__(self, quantization_config: Exl3Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.plan = Plan()
+        self.base = ""
+        self.dtypes: dict[str, torch.dtype] = {}
         if not self.pre_quantized:
             raise ValueError(
                 "quantization_config: the checkpoint's config.json has none; expected one of method exl3."
@@ -128,10 +137,14 @@ class Exl3Quantizer(HfQuantizer):
             return device_map
         return {"": "cpu" if mps_problem() else "mps"}
 
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same of older versions of transformers."""
+        return self.update_attn_implementation(config)
+
     def update_attn_implementation(self, config: Any) -> Any:
         """Changes nothing. The first hook that knows the folder: refuses pickles before a dtype is sought in them."""
-        folder = Path(getattr(config, "_name_or_path", None) or "?")
-        if folder.is_dir() and not any(folder.glob("**/*.safetensors*")):
+        folder = _folder(config)
+        if folder and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors*", "*/*.safetensors*")):
             Checkpoint(folder)
         return config
 
@@ -149,12 +162,13 @@ class Exl3Quantizer(HfQuantizer):
         if getattr(model.config, "distributed_config", None) is not None:
             raise NotImplementedError("distributed_config is set; EXL3 models aren't split over devices yet")
         with torch.device("cpu"), _checkpoint(model.config, checkpoint_files) as checkpoint:
-            conversions = get_model_conversion_mapping(model)
-            self.plan = make_plan(model, checkpoint, conversions)
+            self.base = f"{model.base_model_prefix}."
+            self.plan = make_plan(model, checkpoint, get_model_conversion_mapping(model))
             with torch.device("meta"):
                 apply_plan(model, self.plan)
             fuse_routers(model)
             check_load(model, checkpoint, self.update_weight_conversions(get_model_conversion_mapping(model)))
+        self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return False
@@ -166,14 +180,17 @@ class Exl3Quantizer(HfQuantizer):
             for name, projection in zip(names, PROJECTIONS, strict=True):
                 own += _stack_converters(name, projection)
         for path, group in self.plan.linears.items():
-            old_names = {new: group.names[old] for new, old in LEGACY.items() if old in group.names}
-            own += [
-                WeightConverter([f"^{_literal(old)}$"], [f"{path}.{new}"], [UnpackSigns()])
-                for new, old in old_names.items()
-            ]
+            path = path.removeprefix(self.base)  # which the loader puts before it again, or takes off
+            for new, old in LEGACY.items():
+                if old in group.names:
+                    own.append(WeightConverter([rf"{re.escape(path)}\.{old}$"], [f"{path}.{new}"], [UnpackSigns()]))
         return [*own, *weight_conversions]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Casts what is still in the file's half precision: older loaders leave tensors uncast that they rename."""
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.dtype in HALVES and tensor.dtype != self.dtypes.get(name, tensor.dtype):
+                tensor.data = tensor.data.to(self.dtypes[name])
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -190,10 +207,6 @@ class Exl3Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def _literal(text: str) -> str:
-    return text.replace(".", r"\.")
 
 
 def _stack(kwargs: dict[str, Any]) -> TrellisStack:
@@ -220,8 +233,13 @@ def _checkpoint(config: Any, files: Sequence[str] | None) -> Checkpoint:
     """The checkpoint that transformers resolved to `files`."""
     if not files:
         raise ValueError("EXL3 weights come from a folder or a hub name; expected one instead of a state_dict")
-    folder = Path(getattr(config, "_name_or_path", None) or "?")
-    return Checkpoint(folder if folder.is_dir() else Path(files[0]).parent, files)
+    return Checkpoint(_folder(config) or Path(files[0]).parent, files)
+
+
+def _folder(config: Any) -> Path | None:
+    """The folder that a model's config came from, None if it came from the hub or from nowhere."""
+    name = getattr(config, "_name_or_path", None)
+    return Path(name) if name and Path(name).is_dir() else None
 
 
 def _register() -> None:
@@ -246,7 +264,7 @@ def _refuse_unlabelled() -> None:
     No hook sees such a model, so the loading function itself is wrapped. It only ever adds an error.
     """
     load = PreTrainedModel._load_pretrained_model
-    if hasattr(load, "__wrapped__"):
+    if hasattr(load, "refuses_unlabelled_exl3"):
         return
     signature = inspect.signature(load)
 
@@ -255,16 +273,24 @@ def _refuse_unlabelled() -> None:
         given = signature.bind(*args, **kwargs).arguments
         quantizer = getattr(given.get("load_config"), "hf_quantizer", None) or given.get("hf_quantizer")
         for file in (given.get("checkpoint_files") or ()) if quantizer is None else ():
-            if str(file).endswith(".safetensors"):
-                name = next((name for name in read_header(Path(file)) if name.endswith(".trellis")), None)
-                if name is not None:
-                    raise ValueError(
-                        f"{file}: holds {name}, but config.json has no quantization_config; expected one with"
-                        f" quant_method {METHOD!r}"
-                    )
+            name = _first_trellis(Path(file))
+            if name is not None:
+                raise ValueError(
+                    f"{file}: holds {name}, but config.json has no quantization_config; expected one with"
+                    f" quant_method {METHOD!r}"
+                )
         return load(*args, **kwargs)
 
+    checked.refuses_unlabelled_exl3 = True  # type: ignore[attr-defined]
     PreTrainedModel._load_pretrained_model = staticmethod(checked)
+
+
+def _first_trellis(file: Path) -> str | None:
+    """The name of a trellis in a safetensors file. None if it has none, or can't be read: its loader will say so."""
+    try:
+        return next((name for name in read_header(file) if name.endswith(".trellis")), None)
+    except (OSError, ValueError):
+        return None
 
 
 _register()

@@ -40,7 +40,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     # where, not a product: a sentinel's row may hold anything after biases and norms
     h = torch.where(here, h * top_k_weights.reshape(-1)[order].unsqueeze(-1), 0.0)
     unsorted = torch.empty_like(h).index_copy(0, order, h)
-    return unsorted.view(tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+    return unsorted.view(tokens, top_k, h.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
 
 @torch.library.custom_op("metal_marlin::grouped_mm", mutates_args=())

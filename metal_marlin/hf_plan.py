@@ -264,8 +264,8 @@ def _renamer(
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
 
     def renamed(name: str) -> tuple[str, str | None]:
-        prefix = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": expected} if expected else {}
-        result: tuple[str, str | None] = rename_source_key(name, renamings, converters, **prefix)
+        prefix = model.base_model_prefix  # by position: this argument's name has changed
+        result: tuple[str, str | None] = rename_source_key(name, renamings, converters, prefix, expected)
         return result
 
     return renamed

@@ -99,6 +99,13 @@ class TrellisLinear(Packed):
             x, self.trellis, self.suh, self.svh, codebook=self.codebook, out_features=self.out_features, bias=self.bias
         )
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A marker that is not the codebook's multiplier means tiles that would decode to something else: an error."""
+        marker, errors = state_dict.get(f"{prefix}{self.codebook}"), args[-1]
+        if isinstance(marker, Tensor) and not marker.is_meta and int(marker) != marker_value(self.codebook):
+            errors.append(f"{prefix}{self.codebook}: is {int(marker)}; expected {marker_value(self.codebook)}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bits={self.bits:g}, codebook={self.codebook!r}, bias={self.bias is not None}"

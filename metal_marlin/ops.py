@@ -1,7 +1,7 @@
 """The ops as typed Python functions, and what PyTorch needs around the C kernels: fake kernels and gradients.
 
-The kernels live in the C extension, whose import registers `torch.ops.metal_marlin`. This file owns shapes under tracing
-(`torch.compile`, meta tensors) and the backward formulas; argument checks of real tensors are the C code's.
+The kernels live in the C extension, whose import registers `torch.ops.metal_marlin`. This file owns shapes under
+tracing (`torch.compile`, meta tensors) and the backward formulas; argument checks of real tensors are the C code's.
 Weights of packed layers take no gradient: the gradient is with respect to inputs and routing weights.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import _C  # noqa: F401  (registers the ops)
+from . import _C
 
 __all__ = ["dequantize", "moe_trellis_swiglu", "router", "trellis_linear"]
 
@@ -194,9 +194,10 @@ def dequantize(
 
 def _same_device(op: str, **tensors: Tensor) -> None:
     devices = {name: tensor.device for name, tensor in tensors.items()}
-    if len({device.type for device in devices.values()}) > 1:
-        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise RuntimeError(f"metal_marlin::{op}: expected all tensors on one device, got {listed}")
+    first, device = next(iter(devices.items()))
+    others = ", ".join(f"{name} on {other}" for name, other in devices.items() if other.type != device.type)
+    if others:
+        raise RuntimeError(f"metal_marlin::{op}: expected all tensors on one device, got {first} on {device}, {others}")
 
 
 @torch.library.register_fake("metal_marlin::trellis_linear")
@@ -211,16 +212,22 @@ def _(grad: Tensor, trellis: Tensor, suh: Tensor, svh: Tensor, codebook: str, in
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
+def _named_stacks(rest: tuple[Any, ...]) -> dict[str, Tensor]:
+    """The packed tensors among an op's arguments after ids, by the names of its schema."""
+    parts = ("trellis", "table", "suh", "svh", "bias")
+    names = [f"{stack}_{part}" for stack in ("gate", "up", "down") for part in parts]
+    return dict(zip(names, rest, strict=False))
+
+
 @torch.library.register_fake("metal_marlin::moe_trellis_swiglu")
 def _(x: Tensor, weights: Tensor, ids: Tensor, *rest: Any) -> Tensor:
-    packed = {f"packed[{i}]": tensor for i, tensor in enumerate(rest) if isinstance(tensor, Tensor)}
-    _same_device("moe_trellis_swiglu", x=x, weights=weights, ids=ids, **packed)
+    _same_device("moe_trellis_swiglu", x=x, weights=weights, ids=ids, **_named_stacks(rest))
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("metal_marlin::moe_trellis_swiglu_backward")
 def _(grad: Tensor, x: Tensor, weights: Tensor, ids: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    _same_device("moe_trellis_swiglu_backward", grad=grad, x=x, weights=weights, ids=ids)
+    _same_device("moe_trellis_swiglu_backward", grad=grad, x=x, weights=weights, ids=ids, **_named_stacks(rest))
     return x.new_empty(x.shape), weights.new_empty(weights.shape)
 
 
@@ -270,6 +277,23 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("metal_marlin::trellis_linear", _linear_backward, setup_context=_linear_setup)
 
 
+def _linear_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, trellis, suh, svh, codebook, _in_features = inputs
+    ctx.save_for_backward(trellis, suh, svh)
+    ctx.codebook, ctx.out_features = codebook, grad.shape[-1]
+
+
+def _linear_backward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The layer is linear: the derivative of its gradient with respect to `grad` is the layer itself, without bias."""
+    trellis, suh, svh = ctx.saved_tensors
+    y = _ops.trellis_linear(grad, trellis, suh, svh, suh.new_empty(0), ctx.codebook, ctx.out_features)
+    return y, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "metal_marlin::trellis_linear_backward", _linear_backward_backward, setup_context=_linear_backward_setup
+)
+
 _MOE_TENSORS = 18  # x, weights, ids, and five tensors of each projection
 
 
@@ -286,6 +310,16 @@ def _moe_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("metal_marlin::moe_trellis_swiglu", _moe_backward, setup_context=_moe_setup)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    raise RuntimeError(
+        "metal_marlin::moe_trellis_swiglu_backward is not differentiable: a second derivative of the mixture is not"
+        " implemented; expected a first-order backward"
+    )
+
+
+torch.library.register_autograd("metal_marlin::moe_trellis_swiglu_backward", _no_second_derivative)
 
 
 def _router_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -228,7 +228,7 @@ class Checkpoint:
         return self._inside(index, list(dict.fromkeys(listed.values()))), listed
 
     def _inside(self, source: Path, files: list[Path]) -> list[Path]:
-        """`files`, if each exists and its name lies in the folder; links, as of a download cache, may lead elsewhere."""
+        """`files`, if each exists and its name lies in the folder; links, as of download caches, may lead elsewhere."""
         if not files:
             raise ValueError(f"{source}: names no files; expected .safetensors files")
         for file in files:

@@ -8,17 +8,21 @@ for every SIMD level.
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the oracle's small products; before NumPy is imported
+
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import metal_marlin._C as _C
 import numpy as np
 import pytest
 import reference
 import torch
+
+import metal_marlin._C as _C
 
 BACKENDS = ("cpu",)  # device strings
 

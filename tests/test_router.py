@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import metal_marlin._C as _C
 import numpy as np
 import pytest
 import reference as ref
 import torch
 from conftest import DTYPES, Backend, array, assert_close, ops, same_bits
+
+import metal_marlin._C as _C
 
 KINDS = ("softmax_topk", "topk_softmax", "sigmoid_topk")
 GROUPED = ("softmax_topk", "sigmoid_topk")

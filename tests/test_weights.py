@@ -21,7 +21,7 @@ from metal_marlin import Checkpoint, TrellisTensor
 from metal_marlin.trellis import unpack_signs
 
 PREFIX = "model.layers.0.mlp.experts"
-Tensors = dict[str, torch.Tensor]
+Tensors = dict[str, Any]  # None: left out
 
 
 def packed(k: int = 128, n: int = 256, rate2: int = 4, codebook: str = "mul1", bias: bool = False) -> ref.Packed:
@@ -146,14 +146,14 @@ def test_linked_files(tmp_path: Path) -> None:
         ({"trellis": torch.zeros(16, 32, dtype=torch.int16)}, r"shape is \[16, 32\]; expected \[k/16, n/16"),
         ({"trellis": torch.zeros(7, 16, 32, dtype=torch.int16)}, "k and n multiples of 128"),
         ({"trellis": torch.zeros(8, 0, 32, dtype=torch.int16)}, r"shape is \[8, 0, 32\]"),
-        ({"trellis": torch.zeros(8, 16, 35, dtype=torch.int16)}, "that is 2.1875 bits; .* for mul1, bits one of 1, 1.5"),
+        ({"trellis": torch.zeros(8, 16, 35, dtype=torch.int16)}, "2.1875 bits; .* for mul1, bits one of 1, 1.5"),
         ({"trellis": torch.zeros(8, 16, 72, dtype=torch.int16)}, "that is 4.5 bits"),
         ({"trellis": torch.zeros(8, 16, 144, dtype=torch.int16)}, "that is 9 bits"),
-        ({"trellis": torch.zeros(8, 16, 40, dtype=torch.int16), "codebook": "mcg"}, "2.5 bits; .* for mcg, bits one of"),
+        ({"trellis": torch.zeros(8, 16, 40, dtype=torch.int16), "codebook": "mcg"}, "2.5 bits; .* for mcg, bits"),
         ({"suh": torch.zeros(256, dtype=torch.float16)}, r"q_proj.suh: is .* \[256\]; expected torch.float16 \[128\]"),
         ({"svh": torch.zeros(256)}, r"q_proj.svh: is torch.float32 \[256\]; expected torch.float16 \[256\]"),
         ({"suh": None}, "q_proj.suh: is missing"),
-        ({"bias": torch.zeros(200, dtype=torch.float16)}, r"q_proj.bias: is torch.float16 \[200\]; expected .* \[256\]"),
+        ({"bias": torch.zeros(200, dtype=torch.float16)}, r"q_proj.bias: is .* \[200\]; expected .* \[256\]"),
         ({"svh": torch.zeros(256, dtype=torch.float16, device="meta")}, "svh: is on meta; its trellis is on cpu"),
     ],
 )  # fmt: skip
@@ -168,7 +168,7 @@ GATE = f"{PREFIX}.0.gate_proj"
 
 
 def without(name: str) -> Callable[[Tensors], None]:
-    return lambda tensors: tensors.update({name: None})  # type: ignore[dict-item]
+    return lambda tensors: tensors.update({name: None})
 
 
 def with_(name: str, value: torch.Tensor) -> Callable[[Tensors], None]:

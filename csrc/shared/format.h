@@ -51,6 +51,9 @@ enum mm_codebook {
 #define MM_TILE_BYTES(rate2) (MM_TILE_WEIGHTS * (rate2) / 16)
 #define MM_TILE_INT16(rate2) (MM_TILE_BYTES(rate2) / 2)
 
+/* Tiles begin at multiples of so many int16: the smallest tile, of 1 bit, has 16. */
+#define MM_TILE_ALIGNMENT 16
+
 /* Row and column, inside a tile, of trellis position t (tensor-core fragment order). */
 #define MM_TILE_ROW(t) (2 * (((t) >> 3) & 3) + ((t) & 1) + 8 * (((t) >> 1) & 1))
 #define MM_TILE_COLUMN(t) (((t) >> 5) + 8 * (((t) >> 2) & 1))
