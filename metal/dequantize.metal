@@ -23,7 +23,7 @@ kernel void dequantize_rotated(device const uint* trellis [[buffer(DEQUANTIZE_TR
                                uint3 group [[threadgroup_position_in_grid]],
                                uint simd [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
                                uint thread_index [[thread_index_in_threadgroup]]) {
-  threadgroup float strip[16 * 128];
+  alignas(16) threadgroup float strip[16 * 128];
   decode_strip(trellis, uint(n), group, strip, simd, lane);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (uint i = thread_index; i < 16 * 128; i += MM_DEQUANTIZE_THREADS) {
@@ -37,7 +37,7 @@ kernel void dequantize_columns(device const uint* trellis [[buffer(DEQUANTIZE_TR
                                device float* scratch [[buffer(DEQUANTIZE_SCRATCH)]], INT(n, DEQUANTIZE_N),
                                uint3 group [[threadgroup_position_in_grid]],
                                uint simd [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float strip[16 * 128];
+  alignas(16) threadgroup float strip[16 * 128];
   decode_strip(trellis, uint(n), group, strip, simd, lane);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (uint row = simd; row < 16; row += MM_DEQUANTIZE_THREADS / 32) {
@@ -55,7 +55,7 @@ kernel void dequantize_rows(device const float* scratch [[buffer(DEQUANTIZE_SCRA
                             INT(in_features, DEQUANTIZE_IN), INT(columns, DEQUANTIZE_COLUMNS), INT(n, DEQUANTIZE_N),
                             uint3 group [[threadgroup_position_in_grid]], uint simd [[simdgroup_index_in_threadgroup]],
                             uint lane [[thread_index_in_simdgroup]], uint thread_index [[thread_index_in_threadgroup]]) {
-  threadgroup float strip[16 * 128];
+  alignas(16) threadgroup float strip[16 * 128];
   for (uint i = thread_index; i < 16 * 128; i += MM_DEQUANTIZE_THREADS)
     strip[(i % 16) * 128 + i / 16] = scratch[ulong(group.y * 128 + i / 16) * uint(n) + group.x * 16 + i % 16];
   threadgroup_barrier(mem_flags::mem_threadgroup);

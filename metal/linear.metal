@@ -17,7 +17,7 @@ inline void write_row(device MM_T* y, float4 v, uint column, uint width, uint la
 
 // Up to MM_ROWS rows. Simdgroup: column tile simd % 8, and every MM_DECODE_SPLITS-th block of inputs.
 kernel void linear_decode(LINEAR_ARGUMENTS) {
-  threadgroup float shared_rows[MM_DECODE_SPLITS * MM_ROWS * 128];
+  alignas(16) threadgroup float shared_rows[MM_DECODE_SPLITS * MM_ROWS * 128];
   threadgroup float x_sums[MM_DECODE_SPLITS * MM_ROWS];
   uint in = uint(in_features), out = uint(out_features), blocks = MM_PAD(in) / 128, n = MM_PAD(out);
   uint tile = simd & 7, split = simd >> 3, column = group.x * 128;
@@ -64,7 +64,7 @@ kernel void linear_decode(LINEAR_ARGUMENTS) {
 
 // MM_PREFILL_ROWS rows from group.y on. Simdgroup: column tile `simd`.
 kernel void linear_prefill(LINEAR_ARGUMENTS) {
-  threadgroup float shared_rows[MM_PREFILL_ROWS * 128];
+  alignas(16) threadgroup float shared_rows[MM_PREFILL_ROWS * 128];
   threadgroup float shared_tiles[8 * 256];
   uint in = uint(in_features), out = uint(out_features), blocks = MM_PAD(in) / 128, n = MM_PAD(out);
   uint row = group.y * MM_PREFILL_ROWS, column = group.x * 128;

@@ -33,7 +33,7 @@ kernel void moe_gate_up_decode(device const MM_T* x [[buffer(MOE_X)]], device co
                                uint3 group [[threadgroup_position_in_grid]],
                                uint simd [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   constexpr uint splits = MM_DECODE_SPLITS / 2;
-  threadgroup float shared_rows[MM_DECODE_SPLITS * MM_ROWS * 128];
+  alignas(16) threadgroup float shared_rows[MM_DECODE_SPLITS * MM_ROWS * 128];
   threadgroup float x_sums[MM_DECODE_SPLITS * MM_ROWS];
   threadgroup uint members[MM_ROWS];
   uint h = uint(hidden), inner = uint(intermediate), k = MM_PAD(h), n = MM_PAD(inner), column = group.x * 128;
@@ -93,7 +93,7 @@ kernel void moe_down_decode(device const float* act [[buffer(DOWN_ACT)]], device
                             INT(hidden, DOWN_HIDDEN), INT(intermediate, DOWN_INTERMEDIATE), INT(experts, DOWN_EXPERTS),
                             uint3 group [[threadgroup_position_in_grid]], uint simd [[simdgroup_index_in_threadgroup]],
                             uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float shared_rows[MM_DECODE_SPLITS * MM_ROWS * 128];
+  alignas(16) threadgroup float shared_rows[MM_DECODE_SPLITS * MM_ROWS * 128];
   threadgroup float x_sums[MM_DECODE_SPLITS * MM_ROWS];
   threadgroup uint members[MM_ROWS];
   uint h = uint(hidden), k = MM_PAD(uint(intermediate)), n = MM_PAD(h), column = group.x * 128, top = uint(top_k);

@@ -83,7 +83,7 @@ kernel void moe_gate_up_prefill(device const MM_T* all_x [[buffer(MOE_X)]], devi
                                 device const int* order [[buffer(MOE_ORDER)]], device const int* tiles [[buffer(MOE_TILES)]],
                                 uint3 group [[threadgroup_position_in_grid]],
                                 uint simd [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float shared_rows[MM_PREFILL_ROWS * 128];
+  alignas(16) threadgroup float shared_rows[MM_PREFILL_ROWS * 128];
   threadgroup float shared_tiles[8 * 256];
   device const int* entry = tiles + group.y * MM_TILE_ENTRY;
   uint h = uint(hidden), inner = uint(intermediate), k = MM_PAD(h), n = MM_PAD(inner), column = group.x * 128;
@@ -121,7 +121,7 @@ kernel void moe_down_prefill(device const float* act [[buffer(DOWN_ACT)]], devic
                              device const int* order [[buffer(DOWN_ORDER)]], device const int* tiles [[buffer(DOWN_TILES)]],
                              uint3 group [[threadgroup_position_in_grid]], uint simd [[simdgroup_index_in_threadgroup]],
                              uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float shared_rows[MM_PREFILL_ROWS * 128];
+  alignas(16) threadgroup float shared_rows[MM_PREFILL_ROWS * 128];
   threadgroup float shared_tiles[8 * 256];
   device const int* entry = tiles + group.y * MM_TILE_ENTRY;
   uint h = uint(hidden), k = MM_PAD(uint(intermediate)), n = MM_PAD(h), column = group.x * 128, rows = uint(entry[2]);

@@ -56,6 +56,8 @@ def dispatch_kernel(
             layout.append(FLOAT)
         else:
             raise TypeError(f"args[{i}] is a {type(arg).__name__}; expected a tensor, an int or a float")
+    if not tensors:  # the dispatcher would have no device to go by
+        raise RuntimeError("args has no tensor; expected at least one, on the MPS device")
     lengths = [[sizes] if isinstance(sizes, int) else list(sizes) for sizes in (grid, group)]
     if len(lengths[0]) != len(lengths[1]):
         raise RuntimeError(f"grid has {len(lengths[0])} lengths, group {len(lengths[1])}; expected as many")
