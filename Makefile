@@ -56,8 +56,9 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10))
 	  rm -rf .venv; \
 	  echo "$$python could not make .venv; on Debian and Ubuntu, install its venv package (python3-venv)" >&2; exit 1; \
 	done; \
-	echo "metal_marlin needs Python 3.10 or newer; '$(or $(PYTHON),python3)' is" \
-	     "$$("$(or $(PYTHON),python3)" --version 2>&1 || true)" >&2; \
+	python="$(or $(PYTHON),python3)"; \
+	echo "metal_marlin needs Python 3.10 or newer; $$python is" \
+	     "$$("$$python" --version 2>/dev/null || echo "not a Python that runs here")" >&2; \
 	echo "install one, or name it: make PYTHON=/path/to/python3.12 $(or $(firstword $(MAKECMDGOALS)),demo)" >&2; exit 1
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --upgrade
 	@touch $@
@@ -67,7 +68,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10))
 	@touch $@
 
 CSRC := $(shell find csrc -name '*.[ch]' -o -type d)
-.venv/.built: .venv/.setuptools setup.py metal_marlin/_version.py $(CSRC)
+.venv/.built: .venv/.setuptools setup.py pyproject.toml metal_marlin/_version.py $(CSRC)
 	@echo "building the C extension"
 	@cc="$${CC:-$$($(PY) -c 'import sysconfig; print(sysconfig.get_config_var("CC") or "cc")')}"; \
 	if ! $$cc --version >/dev/null 2>&1; then cc=cc; fi; \
@@ -80,7 +81,7 @@ CSRC := $(shell find csrc -name '*.[ch]' -o -type d)
 
 .venv/.deps-%: pyproject.toml constraints.txt | .venv/.built
 	@if [ ! -e $@ ]; then echo "installing what '$*' needs into .venv (the first time, PyTorch is a large download)"; fi
-	@$(PIP) $(if $(VERBOSE),,--quiet) --editable ".[$*]"
+	@$(PIP) $(if $(VERBOSE),,--quiet) "metal_marlin[$*]"  # the package itself is here already: this adds what it needs
 	@touch $@
 
 # ---- the ops under the sanitizers: a second build of the package, used from its own folder ----
@@ -88,8 +89,9 @@ CSRC := $(shell find csrc -name '*.[ch]' -o -type d)
 SANITIZED := build/sanitize/lib
 SANITIZE := address,undefined
 SANITIZE_CFLAGS := -fsanitize=$(SANITIZE) -fno-sanitize-recover=all -fno-omit-frame-pointer -fno-wrapv -UNDEBUG -g -O1
-SANITIZE_TESTS ?= $(wildcard tests/test_decode.py tests/test_dequantize.py tests/test_linear.py tests/test_moe.py tests/test_router.py \
-                   tests/test_errors.py tests/test_bad_input.py)
+# The ops' own tests; those that compile or load models take long and run little more of our C.
+SANITIZE_TESTS ?= $(wildcard $(addprefix tests/test_, $(addsuffix .py, \
+                   decode dequantize linear moe activations router gradients memory threads bad_input)))
 # libstdc++ goes first in line after the runtimes: ASan looks for __cxa_throw when it starts, torch throws through our frames.
 SANITIZE_ENV = LD_PRELOAD="$$($(SANITIZE_CC) -print-file-name=libasan.so) $$($(SANITIZE_CC) -print-file-name=libubsan.so) \
                $$($(SANITIZE_CC) -print-file-name=libstdc++.so.6)" \

@@ -32,7 +32,6 @@ CFLAGS = [
     "-fno-math-errno",
     "-Wall",
     "-Wextra",
-    "-Wno-psabi",  # vectors are only passed between functions that are inlined into one another
     "-Wno-psabi",  # 8-wide vectors are passed to inlined functions only
 ]
 LIBRARIES = ["m", "dl"] if sys.platform.startswith("linux") else []

@@ -28,7 +28,7 @@ REFERENCE = "reference.json"
 PROMPT = "/*\n * This function returns the number of"
 NEW_TOKENS = 96
 DECODE_TOKENS = 32
-REPEATS = 5
+REPEATS, SECONDS = 9, 2.0
 MB = 1e6
 
 
@@ -55,14 +55,15 @@ def describe(checkpoint: Checkpoint) -> str:
 
 
 def speed(work: Callable[[], object], tokens: int) -> str:
-    """Tokens per second of `work`: the median of REPEATS runs and their range, after one run that isn't counted."""
+    """Tokens per second of `work`: the median of 3 to REPEATS runs and their range, after one that does not count."""
     work()
-    speeds = []
-    for _ in range(REPEATS):
+    speeds: list[float] = []
+    stop = time.perf_counter() + SECONDS
+    while len(speeds) < 3 or (len(speeds) < REPEATS and time.perf_counter() < stop):
         began = time.perf_counter()
         work()
         speeds.append(tokens / (time.perf_counter() - began))
-    return f"{statistics.median(speeds):,.0f} tokens/s ({min(speeds):,.0f} to {max(speeds):,.0f} in {REPEATS} runs"
+    return f"{statistics.median(speeds):,.0f} tokens/s ({min(speeds):,.0f} to {max(speeds):,.0f} in {len(speeds)} runs"
 
 
 @torch.inference_mode()

@@ -55,7 +55,7 @@ class Row:
 
 def kind_of(name: str, quantized: bool) -> str:
     """The part of the model that a tensor belongs to, judged by its name."""
-    if re.search(r"experts\.(\d+\.|gate_up|down)", name) and "correction_bias" not in name:
+    if re.search(r"(^|\.)experts\.(\d+\.|gate_up_proj|down_proj)", name) and "correction_bias" not in name:
         return "experts"
     if "lm_head" in name:
         return "head"
@@ -80,7 +80,11 @@ def tensors(checkpoint: Checkpoint) -> list[Tensor]:
     for name, stored in checkpoint.tensors.items():
         group = owner.get(name)
         if group is None:
-            found.append(Tensor(name, kind_of(name, False), stored.shape, None, stored.dtype, stored.nbytes, "torch"))
+            kind = kind_of(name, False)
+            runs = (
+                "router, or torch" if kind == "routers" else "torch"
+            )  # hf_routers.py has the classes that the op knows
+            found.append(Tensor(name, kind, stored.shape, None, stored.dtype, stored.nbytes, runs))
         elif group.prefix not in seen:
             seen.add(group.prefix)
             kind = kind_of(group.prefix, True)

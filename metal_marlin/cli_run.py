@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ def load(directory: str | Path, dtype: str) -> tuple[Any, Any]:
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} has no config.json: not a model folder")
     try:
-        import metal_marlin.hf  # noqa: F401 -- registers EXL3 with transformers
         import transformers
+
+        import metal_marlin.hf  # noqa: F401 -- registers EXL3 with transformers
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("metal_marlin"):
             raise
@@ -83,7 +85,7 @@ def generate(arguments: argparse.Namespace) -> None:
     """`generate DIR PROMPT`."""
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}; expected at least 1")
-    if arguments.temperature < 0:
+    if not 0 <= arguments.temperature < math.inf:
         raise ValueError(f"--temperature is {arguments.temperature:g}; expected 0 or more")
     if not 0 < arguments.top_p <= 1:
         raise ValueError(f"--top-p is {arguments.top_p:g}; expected more than 0 and at most 1")

@@ -1,0 +1,53 @@
+"""The machine a figure was taken on, and the memory bandwidth that it should be held against."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import metal_marlin
+from benchmarks.timing import Timing, measure
+
+COPY_BYTES = 2**28  # far beyond any cache
+
+
+def processor() -> str:
+    """The processor's name as the system tells it."""
+    if platform.system() == "Darwin":
+        return subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True
+        ).stdout.strip()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commit() -> str:
+    """The commit of this folder, with + if there are changes on top; 'unknown' outside a clone."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=10"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def copy_speed() -> Timing:
+    """Bytes read and written by a large copy on all of torch's threads."""
+    source = torch.ones(COPY_BYTES // 4)
+    target = torch.empty_like(source)
+    return measure(lambda: target.copy_(source))
+
+
+def describe() -> dict[str, str]:
+    """What every report starts with."""
+    return {
+        "machine": f"{processor()}, {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "metal_marlin": f"{metal_marlin.__version__}, commit {commit()}, levels {', '.join(metal_marlin.cpu_levels())}",
+    }
