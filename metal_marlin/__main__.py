@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         default="float32",
         help="type of activations and unquantized weights (default: %(default)s)",
     )
+    model.add_argument("--device", choices=("cpu", "mps"), default="cpu", help="where to run (default: %(default)s)")
 
     top = argparse.ArgumentParser(prog="metal_marlin", description="Trellis-quantized (EXL3) models in PyTorch.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -1,7 +1,7 @@
 """Metal kernels of your own on PyTorch's MPS stream.
 
-The kernel is ordered with every torch op around it: it sees what they wrote and they see what it wrote. Nothing is committed or
-waited for unless asked. Libraries are compiled at first use and kept, keyed by the source text.
+The kernel is ordered with every torch op around it: it sees what they wrote and they see what it wrote. Nothing is
+committed or waited for unless asked. Libraries are compiled at first use and kept, keyed by the source text.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def dispatch_kernel(
 
     Args:
         source: Metal Shading Language, ASCII; compiled by the system at the first call with this text.
-        args: what buffer 0, 1, … are bound to: a tensor on the MPS device (its memory from its first element on, so strides are
-            the kernel's business; written in place if the kernel writes), an int (``constant long&``, or ``constant int&`` for
-            one that fits) or a float (``constant float&``). At most 31, at least one of them a tensor.
+        args: what buffer 0, 1, … are bound to: a tensor on the MPS device (its memory from its first element on, so
+            strides are the kernel's business; written in place if the kernel writes), an int (``constant long&``, or
+            ``constant int&`` for one that fits) or a float (``constant float&``). At most 31, at least one a tensor.
         grid: threads along x, y, z (not threadgroups). group: threads of a threadgroup, as many lengths.
         wait: return after the stream has finished its work (`torch.mps.synchronize`).
 
     Raises:
-        TypeError: an argument of another type. RuntimeError: no tensor, one on another device, lengths out of range, a source
-            that does not compile (the compiler's message is on standard error), a name that is not in it.
+        TypeError: an argument of another type. RuntimeError: no tensor, one on another device, lengths out of range,
+            a source that does not compile (the compiler's message is on standard error), a name that is not in it.
 
     Source: PyTorch's C shim of the MPS backend (torch/csrc/inductor/aoti_torch/c/shim_mps.h).
     """

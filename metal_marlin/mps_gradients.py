@@ -1,8 +1,8 @@
 """Gradients on Apple GPUs, made of torch's own ops over dequantized weights.
 
-The CPU has C kernels for these; Metal kernels are not written yet. Memory: one dense projection at a time. The mixture's gradient
-reads the routing back to the host, once per expert; its forward never does. Same formulas as csrc/cpu/moe.c, which the tests compare
-these with.
+The CPU has C kernels for these; Metal kernels are not written yet. Memory: one dense projection at a time. The
+mixture's gradient reads the routing back to the host, once per expert; its forward never does. Same formulas as
+csrc/cpu/moe.c, which the tests compare these with.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _ops = torch.ops.metal_marlin
 def linear_backward(grad: Tensor, trellis: Tensor, suh: Tensor, svh: Tensor, codebook: str, in_features: int) -> Tensor:
     """grad [..., out_features] -> [..., in_features]."""
     weight = _ops.dequantize(trellis, suh, svh, codebook, in_features, grad.shape[-1])
-    return (grad.to(torch.float32) @ weight.T).to(grad.dtype)
+    dx: Tensor = (grad.to(torch.float32) @ weight.T).to(grad.dtype)
+    return dx
 
 
 def _expert_weight(stack: tuple[Tensor, ...], table: list[list[int]], expert: int, sizes: tuple[int, int]) -> Tensor:
@@ -44,7 +45,8 @@ def _activate(gate: Tensor, up: Tensor, activation: str, alpha: float, limit: fl
 
 
 def moe_backward(grad: Tensor, x: Tensor, weights: Tensor, ids: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """grad, x [..., hidden], weights, ids [..., top_k] and the forward's other arguments -> gradients of x and weights."""
+    """grad, x [..., hidden], weights, ids [..., top_k] and the forward's other arguments -> gradients of x and
+    weights."""
     stacks = rest[0:5], rest[5:10], rest[10:15]
     intermediate, activation, alpha, limit = rest[15:19]
     hidden, top_k = x.shape[-1], ids.shape[-1]
@@ -60,7 +62,10 @@ def moe_backward(grad: Tensor, x: Tensor, weights: Tensor, ids: Tensor, *rest: A
         gate_w, up_w, down_w = (
             _expert_weight(stack, table, expert, size) for stack, table, size in zip(stacks, tables, sizes, strict=True)
         )
-        bias = [stack[4][expert, : size[1]].to(torch.float32) if stack[4].numel() else 0.0 for stack, size in zip(stacks, sizes, strict=True)]
+        bias = [
+            stack[4][expert, : size[1]].to(torch.float32) if stack[4].numel() else 0.0
+            for stack, size in zip(stacks, sizes, strict=True)
+        ]
         with torch.enable_grad():
             gate = (rows[tokens] @ gate_w + bias[0]).requires_grad_()
             up = (rows[tokens] @ up_w + bias[1]).requires_grad_()

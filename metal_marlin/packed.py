@@ -106,7 +106,7 @@ class TrellisStack(Packed):
 
     @property
     def formats(self) -> int:
-        """The (codebook, rate) pairs that occur, as `moe_trellis_swiglu` takes them: bit 16 * codebook + 2 * bits - 1."""
+        """The (codebook, rate) pairs that occur, as `moe_trellis_swiglu` takes them: bit 16 * codebook + rate2 - 1."""
         pairs = set(zip(self.codebooks, self.rates2, strict=True))
         return sum(1 << (16 * _C.CODEBOOKS.index(codebook) + rate2 - 1) for codebook, rate2 in pairs)
 

@@ -1,8 +1,9 @@
-"""The MPS backend on Linux: the C encoders and the Metal text that a Mac runs, executed by the emulator, against the oracle.
+"""The MPS backend on Linux: the C encoders and the Metal text that a Mac runs, executed by the emulator, against the
+oracle.
 
-Kernels run plain (fast) here for the numbers and, on small shapes, checked: every load and store watched for bounds, races and
-uninitialised threadgroup memory. The decode kernels (up to 8 rows) multiply mul1's weights without their rounding to binary16,
-so the oracle does too (reference.Unrounded); all else is exact to float32.
+Kernels run plain (fast) here for the numbers and, on small shapes, checked: every load and store watched for bounds,
+races and uninitialised threadgroup memory. The decode kernels (up to 8 rows) multiply mul1's weights without their
+rounding to binary16, so the oracle does too (reference.Unrounded); all else is exact to float32.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def test_moe_dtypes_and_strides(
 
 
 def test_moe_repeated_and_foreign_ids(emulated: Any, rng: np.random.Generator) -> None:
-    """A token may name an expert twice, more often than a group holds; an id that is none makes its token NaN, no other."""
+    """A token may name an expert twice, more often than a group holds; an id that is none makes its token NaN, no
+    other."""
     m = ref.random_experts(rng, 3, 128, 128, ((4, "mul1"),), False, False)
     for tokens in (2, 20):
         weights = np.full((tokens, 12), 1 / 12)
@@ -144,7 +146,8 @@ def test_more_than_a_chunk_of_tokens(emulated: Any, rng: np.random.Generator) ->
 
 @pytest.mark.parametrize("kind", _C.ROUTERS)
 def test_router(emulated: Any, rng: np.random.Generator, kind: str) -> None:
-    """Against the CPU backend, whose own tests have the oracle: the same ids, scores to a few roundings; ties, NaN, groups."""
+    """Against the CPU backend, whose own tests have the oracle: the same ids, scores to a few roundings; ties, NaN,
+    groups."""
     cases = [(1, 1, 1, 1, 1), (37, 8, 3, 1, 1), (64, 6, 5, 8, 3), (512, 32, 2, 1, 1), (16, 4, 3, 16, 4)]
     for (experts, top_k, tokens, groups, kept), correction in product(cases, (False, True)):
         x, gate = (CPU.put(rng.normal(size=(n, 100)), d) for n, d in ((tokens, "bfloat16"), (experts, "float16")))
@@ -158,7 +161,10 @@ def test_router(emulated: Any, rng: np.random.Generator, kind: str) -> None:
         assert_close(got[0], array(want[0]), 1e-5 * np.abs(array(want[0])) + 1e-7)  # 100 products and an exp, float32
         assert_close(got[2], array(want[2]), np.full(want[2].shape, 100 * 2.0**-24 * 40))
     ties = torch.zeros(2, 8)
-    assert array(run(emulated, ops.router, ties, torch.ones(20, 8), torch.empty(0), 5, kind, True, 1.0, 1, 1)[1]).tolist() == [list(range(5))] * 2
+    assert (
+        array(run(emulated, ops.router, ties, torch.ones(20, 8), torch.empty(0), 5, kind, True, 1.0, 1, 1)[1]).tolist()
+        == [list(range(5))] * 2
+    )
     ties[1, 0] = torch.nan
     weights, ids, _ = run(emulated, ops.router, ties, torch.ones(20, 8), torch.empty(0), 5, kind, True, 1.0, 1, 1)
     assert torch.isnan(weights[1]).all()
@@ -179,7 +185,8 @@ def test_dequantize(emulated: Any, rng: np.random.Generator, rate: tuple[int, st
 
 
 def test_checked(emulated: Any, rng: np.random.Generator) -> None:
-    """Every kernel once with all loads and stores watched, in three orders of lanes and simdgroups: nothing is reported."""
+    """Every kernel once with all loads and stores watched, in three orders of lanes and simdgroups: nothing is
+    reported."""
     m = ref.random_experts(rng, 3, 136, 130, ((4, "mul1"), (3, "mul1"), (6, "mcg")), True, True)
     p = m.gate[1]
     none = torch.empty(0, dtype=torch.float16)
@@ -191,7 +198,19 @@ def test_checked(emulated: Any, rng: np.random.Generator) -> None:
                 check_moe(emulated, x, CPU.put(weights, "float32"), CPU.put(ids), m, f"{tokens} tokens, order {order}")
                 check_linear(emulated, x, p, 130)
             for kind in _C.ROUTERS:
-                run(emulated, ops.router, torch.randn(2, 40), torch.randn(64, 40), torch.randn(64), 6, kind, True, 1.0, 8, 4)
+                run(
+                    emulated,
+                    ops.router,
+                    torch.randn(2, 40),
+                    torch.randn(64, 40),
+                    torch.randn(64),
+                    6,
+                    kind,
+                    True,
+                    1.0,
+                    8,
+                    4,
+                )
             for scales in (CPU.packed(p)[1:], (none, none)):
                 run(emulated, ops.dequantize, CPU.packed(p)[0], *scales, p.codebook, 136, 130)
             assert [report for report in emulated.reports() if report.is_error] == []

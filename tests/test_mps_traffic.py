@@ -1,8 +1,8 @@
 """What the Metal kernels read of the packed weights, counted load by load in the emulator.
 
-Two counts: the bytes that are read at all, and the bytes of every load of every lane. A lane of a decode kernel also loads the
-halfword before its own, from the cache line that its neighbour loads: 1 / bits more, whatever the number of tokens. Prefill
-kernels load each byte once a tile of rows.
+Two counts: the bytes that are read at all, and the bytes of every load of every lane. A lane of a decode kernel also
+loads the halfword before its own, from the cache line that its neighbour loads: 1 / bits more, whatever the number of
+tokens. Prefill kernels load each byte once a tile of rows.
 """
 
 from __future__ import annotations
