@@ -79,7 +79,7 @@ class ParallelBuild(build_ext):
     """Compiles the files of the extension side by side: setuptools' own `parallel` only knows whole extensions."""
 
     def build_extension(self, ext: Extension) -> None:
-        ext.sources.append(metal_text(Path(self.build_temp)))
+        ext.sources = [*sources(), metal_text(Path(self.build_temp))]  # may run twice: bdist_wheel asks again
         compile_in_turn = self.compiler.compile
 
         def compile_all(files, *args, **kwargs):  # type: ignore[no-untyped-def]
