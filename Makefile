@@ -20,13 +20,16 @@ unexport PIP_TARGET PIP_PREFIX PIP_ROOT PIP_NO_DEPS PYTHONHOME PYTHONPATH
 PIP := $(PY) -m pip install --no-build-isolation --constraint constraints.txt
 
 .NOTPARALLEL:
-.PHONY: help demo test lint sanitize clean
+.PHONY: help demo test lint sanitize levels wheels symbols clean
 
 help:
 	@echo "make demo      load the bundled 2-bit model, measure it, and let it write"
 	@echo "make test      run the tests                 (PYTEST_ARGS='-k moe' for some of them)"
 	@echo "make lint      ruff and mypy"
 	@echo "make sanitize  run the tests of the ops under ASan and UBSan (Linux, gcc)"
+	@echo "make levels    check the CPU kernels as plain C programs: here, and for arm64 under qemu-user if that is installed"
+	@echo "make wheels    build and check the wheels of every platform, into dist/ (Linux)"
+	@echo "make symbols   check csrc/torch_shim.h against PyTorch's macOS wheels (Linux; downloads 330 MB once)"
 	@echo "make clean     remove .venv and everything that was built"
 
 demo: .venv/.built .venv/.deps-hf
@@ -38,6 +41,16 @@ test: .venv/.built .venv/.deps-test
 lint: .venv/.built .venv/.deps-dev
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+# The extra brings zig, a C compiler for every platform (100 MB).
+levels: .venv/.built .venv/.deps-wheels
+	$(PY) -m pytest -rA $(PYTEST_ARGS) tests/test_levels.py
+
+wheels: .venv/.built .venv/.deps-wheels
+	$(PY) .ci/wheels.py $(WHEELS)
+
+symbols: .venv/.built .venv/.deps-wheels
+	$(PY) .ci/symbols.py
 
 clean:
 	rm -rf .venv build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache metal_marlin/*.so

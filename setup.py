@@ -42,13 +42,44 @@ def sources() -> list[str]:
 
 
 def headers() -> list[str]:
-    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.h"))
+    folders = (ROOT / "csrc").rglob("*.h"), (ROOT / "metal").iterdir()
+    return sorted(path.relative_to(ROOT).as_posix() for folder in folders for path in folder)
+
+
+def inline(path: Path, seen: set[Path]) -> str:
+    """The text of a Metal file with its #include "..." lines replaced by what they name, each file once."""
+    seen.add(path)
+    lines = []
+    for line in path.read_text(encoding="ascii").splitlines():
+        if not line.startswith('#include "'):
+            lines.append(line)
+            continue
+        name = line.split('"')[1]
+        found = next(folder / name for folder in (path.parent, ROOT / "csrc") if (folder / name).exists())
+        if found not in seen:
+            lines.append(inline(found, seen))
+    return "\n".join(lines) + "\n"
+
+
+def metal_text(folder: Path) -> str:
+    """A C file with the text of every kernel file in metal/: torch compiles it on the user's machine, for its GPU."""
+    parts = ["/* Made by setup.py from metal/. */"]
+    for path in sorted((ROOT / "metal").glob("*.metal")):
+        # Numbers rather than a string: C compilers need not take strings of this length.
+        numbers = ",".join(str(byte) for byte in inline(path, set()).encode("ascii"))
+        parts.append(f"extern const char mm_metal_text_{path.stem}[];")
+        parts.append(f"const char mm_metal_text_{path.stem}[] = {{{numbers},0}};")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "metal_text.c"
+    target.write_text("\n".join(parts) + "\n", encoding="ascii")
+    return str(target)
 
 
 class ParallelBuild(build_ext):
     """Compiles the files of the extension side by side: setuptools' own `parallel` only knows whole extensions."""
 
     def build_extension(self, ext: Extension) -> None:
+        ext.sources = [*sources(), metal_text(Path(self.build_temp))]  # may run twice: bdist_wheel asks again
         compile_in_turn = self.compiler.compile
 
         def compile_all(files, *args, **kwargs):  # type: ignore[no-untyped-def]

@@ -22,25 +22,28 @@ struct mm_tensor {
 };
 
 struct mm_argument {
-    char type; /* 'T'ensor, 'i'nt, 'f'loat, 'b'ool, 's'tr */
+    char type; /* 'T'ensor, 'i'nt, 'f'loat, 'b'ool, 's'tr, 'l'ist */
     struct mm_tensor tensor;
     int64_t integer;
     double number;
     bool truth;
     mm_string_handle string_handle;
     const char *string;
+    mm_list_handle list_handle;
 };
 
 struct mm_call {
     const struct mm_op *op;
     struct mm_argument arguments[MM_MAX_ARGUMENTS];
     mm_tensor_handle outputs[MM_MAX_OUTPUTS];
+    bool has_tensor;
+    int32_t device_type; /* of the first tensor, and so of all */
     char message[768];
 };
 
 struct mm_op {
     const char *schema; /* PyTorch's schema text: the one place that names and types the arguments */
-    bool (*run_cpu)(struct mm_call *call);
+    bool (*run)(struct mm_call *call);
     mm_boxed_kernel boxed;
     int arguments, outputs;
     char names[MM_MAX_ARGUMENTS][24];

@@ -64,7 +64,38 @@ static PyObject *set_cpu_level(PyObject *self, PyObject *name) {
     return Py_None;
 }
 
+/* None while the MPS backend is on, else why it is off. */
+static const char *mps_missing = "torch has not been looked at";
+
+static PyObject *mps_problem(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    if (mm_mps_device_type() < 0) return PyUnicode_FromFormat("this torch lacks the symbol %s", mps_missing);
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+
+static PyObject *use_mps_emulator(PyObject *self, PyObject *path) {
+    (void)self;
+    mm_mps_unload();
+    if (path == Py_None) {
+        Py_INCREF(Py_None);
+        return Py_None;
+    }
+    PyObject *bytes = NULL;
+    if (!PyUnicode_FSConverter(path, &bytes)) return NULL;
+    const char *missing = mm_mps_load(NULL, PyBytes_AsString(bytes));
+    if (missing) PyErr_Format(PyExc_ImportError, "%S is no emulator of torch's MPS shim: %s", path, missing);
+    Py_DECREF(bytes);
+    if (missing) return NULL;
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+
 static PyMethodDef methods[] = {
+    {"mps_problem", mps_problem, METH_NOARGS, "mps_problem() -> str | None: why the MPS backend is off, None if it is on."},
+    {"use_mps_emulator", use_mps_emulator, METH_O,
+     "use_mps_emulator(path | None): for tests. CPU tensors go to the MPS backend, whose shim is the library at `path`; None "
+     "ends that. Kernels run asynchronously: synchronize the emulator before reading results."},
     {"cpu_level", cpu_level, METH_NOARGS, "cpu_level() -> str: the SIMD level in use."},
     {"cpu_levels", cpu_levels, METH_NOARGS, "cpu_levels() -> tuple[str, ...]: what this machine runs, slowest first."},
     {"set_cpu_level", set_cpu_level, METH_O,
@@ -96,6 +127,7 @@ static bool load_torch(void) {
     PyObject *path = torch_library_path(torch);
     if (!path) PyErr_Clear(); /* no such folder: search the process */
     const char *version = NULL, *missing = mm_torch_load(path ? PyBytes_AsString(path) : NULL, &version);
+    if (!missing) mps_missing = mm_mps_load(path ? PyBytes_AsString(path) : NULL, NULL);
     Py_XDECREF(path);
     if (missing) {
         PyObject *have = PyObject_GetAttrString(torch, "__version__");

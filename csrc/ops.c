@@ -7,12 +7,13 @@
 
 #include "cpu/cpu.h"
 #include "mm.h"
+#include "mps/mps.h"
 
 /* X(name, arguments, results) */
 #define STACK(p) "Tensor " p "_trellis, Tensor " p "_table, Tensor " p "_suh, Tensor " p "_svh, Tensor " p "_bias, "
 #define MOE_ARGUMENTS                                                                                \
     "Tensor x, Tensor weights, Tensor ids, " STACK("gate") STACK("up") STACK("down")                 \
-    "int intermediate, str activation, float alpha, float limit"
+    "int intermediate, str activation, float alpha, float limit, int formats=-1"
 #define MM_OPS(X)                                                                                              \
     X(trellis_linear,                                                                                          \
       "Tensor x, Tensor trellis, Tensor suh, Tensor svh, Tensor bias, str codebook, int out_features",         \
@@ -25,7 +26,10 @@
       "Tensor x, Tensor gate, Tensor correction, int top_k, str kind, bool renormalize, float scale, "         \
       "int n_group, int topk_group",                                                                           \
       "(Tensor, Tensor, Tensor)")                                                                              \
-    X(dequantize, "Tensor trellis, Tensor suh, Tensor svh, str codebook, int in_features, int out_features", "Tensor")
+    X(dequantize, "Tensor trellis, Tensor suh, Tensor svh, str codebook, int in_features, int out_features",   \
+      "Tensor")                                                                                                \
+    X(dispatch_kernel,                                                                                         \
+      "str source, str name, Tensor(a!)[] tensors, int[] layout, int[] scalars, int[] grid, int[] group", "()")
 
 /* ---- messages ---- */
 
@@ -70,6 +74,9 @@ static struct text shape_text(const struct mm_tensor *tensor) {
 
 /* ---- unboxing ---- */
 
+/* Whether the call's tensors belong to the MPS backend (in tests, an emulator makes that the CPU's). */
+static bool on_mps(const struct mm_call *call) { return call->device_type == mm_mps_device_type(); }
+
 static bool unbox_tensor(struct mm_call *call, struct mm_tensor *tensor) {
     int64_t *sizes = NULL, *strides = NULL;
     if (mm_torch.aoti_torch_get_dim(tensor->handle, &tensor->dim) ||
@@ -84,11 +91,17 @@ static bool unbox_tensor(struct mm_call *call, struct mm_tensor *tensor) {
     tensor->strides = strides;
     tensor->numel = 1;
     for (int64_t d = 0; d < tensor->dim; d++) tensor->numel *= sizes[d];
-    if (tensor->device_type != mm_torch.aoti_torch_device_type_cpu())
-        return fail(call, "%s is on device type %d; expected all tensors on the CPU", tensor->name,
-                    (int)tensor->device_type);
+    if (!call->has_tensor) call->device_type = tensor->device_type;
+    call->has_tensor = true;
+    if (!on_mps(call) && call->device_type != mm_torch.aoti_torch_device_type_cpu())
+        return fail(call, "%s is on device type %d; expected the CPU%s", tensor->name, (int)call->device_type,
+                    mm_mps_device_type() < 0 ? " (the MPS backend is off: python -m metal_marlin info says why)" : " or MPS");
+    if (tensor->device_type != call->device_type)
+        return fail(call, "%s is on device type %d, an earlier argument on %d; expected all tensors on one device",
+                    tensor->name, (int)tensor->device_type, (int)call->device_type);
     return true;
 }
+
 
 static bool unbox_string(struct mm_call *call, struct mm_argument *argument, const char *name) {
     size_t length = 0;
@@ -115,6 +128,8 @@ static bool unbox_argument(struct mm_call *call, int index, mm_stable_ivalue val
     case 'b':
         argument->truth = (value & 0xFFu) != 0;
         return true;
+    case 'l':
+        return true;
     default:
         return unbox_string(call, argument, call->op->names[index]);
     }
@@ -132,13 +147,15 @@ static void run_boxed(const struct mm_op *op, mm_stable_ivalue *stack, uint64_t 
             argument->tensor.name = op->names[i];
         }
         if (argument->type == 's') memcpy(&argument->string_handle, &stack[i], sizeof argument->string_handle);
+        if (argument->type == 'l') memcpy(&argument->list_handle, &stack[i], sizeof argument->list_handle);
     }
     if (!done) fail(&call, "called with %d arguments; expected %d", (int)n_in, op->arguments);
     for (int i = 0; i < op->arguments && done; i++) done = unbox_argument(&call, i, stack[i]);
-    done = done && op->run_cpu(&call);
+    done = done && op->run(&call);
     for (int i = 0; i < op->arguments; i++) {
         if (call.arguments[i].tensor.handle) mm_torch.aoti_torch_delete_tensor_object(call.arguments[i].tensor.handle);
         if (call.arguments[i].string_handle) mm_torch.torch_delete_string(call.arguments[i].string_handle);
+        if (call.arguments[i].list_handle) mm_torch.torch_delete_list(call.arguments[i].list_handle);
     }
     if (done) {
         for (int i = 0; i < op->outputs; i++) {
@@ -160,7 +177,7 @@ static void *new_output(struct mm_call *call, int index, int64_t dim, const int6
         strides[d] = stride;
         stride *= sizes[d] > 0 ? sizes[d] : 1;
     }
-    if (mm_torch.aoti_torch_empty_strided(dim, sizes, strides, dtype, mm_torch.aoti_torch_device_type_cpu(), 0,
+    if (mm_torch.aoti_torch_empty_strided(dim, sizes, strides, dtype, call->device_type, call->arguments[0].tensor.device_index,
                                           &call->outputs[index]) ||
         mm_torch.aoti_torch_get_data_ptr(call->outputs[index], &data)) {
         fail(call, "out of memory for the result");
@@ -189,6 +206,24 @@ static bool float_type(int32_t dtype, enum mm_float *type) {
     if (dtype == mm_torch.aoti_torch_dtype_bfloat16()) return *type = MM_BFLOAT16, true;
     return false;
 }
+
+/* Replaces an argument by a contiguous copy: the Metal kernels take no strides. */
+static bool make_contiguous(struct mm_call *call, int index) {
+    struct mm_tensor *tensor = &call->arguments[index].tensor;
+    if (is_contiguous(tensor)) return true;
+    int32_t format = mm_torch.aoti_torch_memory_format_contiguous_format();
+    mm_stable_ivalue stack[2] = {0, 0};
+    memcpy(&stack[0], &tensor->handle, sizeof tensor->handle); /* the dispatcher takes ownership */
+    memcpy(&stack[1], &format, sizeof format);
+    tensor->handle = NULL;
+    if (mm_torch.torch_call_dispatcher("aten::contiguous", "", stack, MM_TORCH_ABI_VERSION))
+        return fail(call, "%s could not be made contiguous", tensor->name);
+    memcpy(&tensor->handle, &stack[0], sizeof tensor->handle);
+    return unbox_tensor(call, tensor);
+}
+
+/* A driver's answer: NULL, or what failed. */
+static bool mps_done(struct mm_call *call, const char *message) { return !message || fail(call, "%s", message); }
 
 /* A tensor of any shape and stride as rows of its last dimension. */
 static bool rows_of(struct mm_call *call, const struct mm_tensor *tensor, struct mm_rows *rows) {
@@ -334,7 +369,23 @@ static bool run_trellis_linear(struct mm_call *call) {
         !width_fits(call, "out_features is", out_features, weight.n))
         return false;
     void *y = rows_output(call, 0, tensor_at(call, X), out_features);
-    return y && (mm_cpu_linear(&x, &weight, out_features, y) || fail_memory(call));
+    if (!y || !on_mps(call)) return y && (mm_cpu_linear(&x, &weight, out_features, y) || fail_memory(call));
+    if (!make_contiguous(call, X)) return false;
+    struct mm_mps_linear linear = {
+        .x = tensor_at(call, X)->handle,
+        .trellis = tensor_at(call, TRELLIS)->handle,
+        .suh = tensor_at(call, SUH)->handle,
+        .svh = tensor_at(call, SVH)->handle,
+        .bias = tensor_at(call, BIAS)->numel ? tensor_at(call, BIAS)->handle : NULL,
+        .y = call->outputs[0],
+        .dtype = tensor_at(call, X)->dtype,
+        .rows = x.rows,
+        .in_features = x.columns,
+        .out_features = out_features,
+        .rate2 = weight.rate2,
+        .codebook = weight.codebook,
+    };
+    return mps_done(call, mm_mps_linear(&linear));
 }
 
 static bool run_trellis_linear_backward(struct mm_call *call) {
@@ -360,13 +411,62 @@ static bool run_dequantize(struct mm_call *call) {
         !width_fits(call, "out_features is", sizes[1], weight.n))
         return false;
     float *out = new_output(call, 0, 2, sizes, mm_torch.aoti_torch_dtype_float32());
-    return out && (mm_cpu_dequantize(&weight, rotated, sizes[0], sizes[1], out) || fail_memory(call));
+    if (!out || !on_mps(call))
+        return out && (mm_cpu_dequantize(&weight, rotated, sizes[0], sizes[1], out) || fail_memory(call));
+    struct mm_mps_dequantize run = {
+        .trellis = tensor_at(call, TRELLIS)->handle,
+        .suh = rotated ? NULL : tensor_at(call, SUH)->handle,
+        .svh = rotated ? NULL : tensor_at(call, SVH)->handle,
+        .out = call->outputs[0],
+        .device = {call->device_type, tensor_at(call, TRELLIS)->device_index},
+        .k = weight.k,
+        .n = weight.n,
+        .in_features = sizes[0],
+        .out_features = sizes[1],
+        .rate2 = weight.rate2,
+        .codebook = weight.codebook,
+    };
+    return mps_done(call, mm_mps_dequantize(&run));
 }
 
 /* ---- moe_trellis_swiglu ---- */
 
+/* Bits of all (codebook, rate) pairs of the format: 16 * codebook + rate2 - 1. */
+static int64_t all_formats(void) {
+    int64_t formats = 0;
+    for (int codebook = 0; codebook < MM_CODEBOOK_COUNT; codebook++)
+        for (int rate2 = MM_MIN_RATE2; rate2 <= MM_MAX_RATE2; rate2++)
+            if (rate_exists(codebook, rate2)) formats |= (int64_t)1 << (16 * codebook + rate2 - 1);
+    return formats;
+}
+
+/* A table's rows. Only where the CPU can read them: on a GPU they are what the module made. */
+static bool table_of(struct mm_call *call, const struct mm_tensor *trellis, const struct mm_tensor *table,
+                     int64_t formats, const struct mm_stack *stack) {
+    for (int64_t e = 0; e < table->sizes[0]; e++) {
+        const int64_t *row = stack->table + 3 * e;
+        if (row[2] < 0 || row[2] >= MM_CODEBOOK_COUNT)
+            return fail(call, "%s has codebook %lld for expert %lld; expected 0 to %d", table->name, (long long)row[2],
+                        (long long)e, MM_CODEBOOK_COUNT - 1);
+        if (!rate_exists((int)row[2], row[1]))
+            return fail(call, "%s has 2 x bits = %lld for expert %lld, a rate that codebook %s does not have",
+                        table->name, (long long)row[1], (long long)e, codebook_names[row[2]]);
+        if (!mm_format_in(formats, (int)row[2], (int)row[1]))
+            return fail(call, "%s has codebook %s at 2 x bits = %lld for expert %lld, which formats (%lld) leaves out",
+                        table->name, codebook_names[row[2]], (long long)row[1], (long long)e, (long long)formats);
+        if (row[0] % MM_TILE_ALIGNMENT)
+            return fail(call, "%s has offset %lld for expert %lld; expected a multiple of %d, as tiles are stored",
+                        table->name, (long long)row[0], (long long)e, MM_TILE_ALIGNMENT);
+        int64_t count = stack->k / MM_TILE * (stack->n / MM_TILE) * MM_TILE_INT16(row[1]);
+        if (row[0] < 0 || row[0] > trellis->numel || count > trellis->numel - row[0])
+            return fail(call, "%s puts expert %lld's %lld elements at offset %lld; %s holds %lld", table->name,
+                        (long long)e, (long long)count, (long long)row[0], trellis->name, (long long)trellis->numel);
+    }
+    return true;
+}
+
 static bool stack_of(struct mm_call *call, int first, int64_t experts, int64_t in_features, int64_t out_features,
-                     struct mm_stack *stack) {
+                     int64_t formats, struct mm_stack *stack) {
     const struct mm_tensor *trellis = tensor_at(call, first), *table = tensor_at(call, first + 1);
     if (!packed(call, trellis, mm_torch.aoti_torch_dtype_int16(), 1) ||
         !packed(call, table, mm_torch.aoti_torch_dtype_int64(), 2))
@@ -378,22 +478,8 @@ static bool stack_of(struct mm_call *call, int first, int64_t experts, int64_t i
     stack->n = MM_PAD(out_features);
     stack->tiles = trellis->data;
     stack->table = table->data;
-    for (int64_t e = 0; e < experts; e++) {
-        const int64_t *row = stack->table + 3 * e;
-        if (row[2] < 0 || row[2] >= MM_CODEBOOK_COUNT)
-            return fail(call, "%s has codebook %lld for expert %lld; expected 0 to %d", table->name, (long long)row[2],
-                        (long long)e, MM_CODEBOOK_COUNT - 1);
-        if (!rate_exists((int)row[2], row[1]))
-            return fail(call, "%s has 2 x bits = %lld for expert %lld, a rate that codebook %s does not have",
-                        table->name, (long long)row[1], (long long)e, codebook_names[row[2]]);
-        if (row[0] % MM_TILE_ALIGNMENT)
-            return fail(call, "%s has offset %lld for expert %lld; expected a multiple of %d, as tiles are stored",
-                        table->name, (long long)row[0], (long long)e, MM_TILE_ALIGNMENT);
-        int64_t count = stack->k / MM_TILE * (stack->n / MM_TILE) * MM_TILE_INT16(row[1]);
-        if (row[0] < 0 || row[0] > trellis->numel || count > trellis->numel - row[0])
-            return fail(call, "%s puts expert %lld's %lld elements at offset %lld; %s holds %lld", table->name,
-                        (long long)e, (long long)count, (long long)row[0], trellis->name, (long long)trellis->numel);
-    }
+    bool readable = call->device_type == mm_torch.aoti_torch_device_type_cpu();
+    if (readable && !table_of(call, trellis, table, formats, stack)) return false;
     return vector_of(call, tensor_at(call, first + 2), experts, stack->k, &stack->suh) &&
            vector_of(call, tensor_at(call, first + 3), experts, stack->n, &stack->svh) &&
            bias_of(call, tensor_at(call, first + 4), experts, stack->n, &stack->bias);
@@ -441,8 +527,8 @@ static int32_t *ids_of(struct mm_call *call, const struct mm_tensor *ids, int64_
 }
 
 /* The arguments that forward and backward share, from argument `first` on. */
-static bool moe_of(struct mm_call *call, int first, struct mm_moe *moe) {
-    enum { X, WEIGHTS, IDS, GATE, UP = GATE + 5, DOWN = UP + 5, INTERMEDIATE = DOWN + 5, ACTIVATION, ALPHA, LIMIT };
+static bool moe_of(struct mm_call *call, int first, struct mm_moe *moe, int64_t *formats) {
+    enum { X, WEIGHTS, IDS, GATE, UP = GATE + 5, DOWN = UP + 5, INTERMEDIATE = DOWN + 5, ACTIVATION, ALPHA, LIMIT, FORMATS };
     const struct mm_tensor *x = tensor_at(call, first + X), *weights = tensor_at(call, first + WEIGHTS);
     const struct mm_tensor *ids = tensor_at(call, first + IDS), *table = tensor_at(call, first + GATE + 1);
     int activation = 0;
@@ -467,19 +553,62 @@ static bool moe_of(struct mm_call *call, int first, struct mm_moe *moe) {
         return fail(call, "gate_table has %lld experts; expected 1 to %d", (long long)moe->experts, MM_MAX_EXPERTS);
     if (moe->intermediate < 1 || moe->intermediate > INT32_MAX)
         return fail(call, "intermediate is %lld; expected 1 or more", (long long)moe->intermediate);
+    *formats = call->arguments[first + FORMATS].integer & all_formats(); /* -1, the default, is all of them */
+    if (!*formats)
+        return fail(call, "formats is %lld; expected -1 or bits 16 x codebook + 2 x bits - 1 of what occurs",
+                    (long long)call->arguments[first + FORMATS].integer);
     return stack_fits(call, first + GATE, x->name, hidden, moe->intermediate) &&
            stack_fits(call, first + UP, x->name, hidden, moe->intermediate) &&
            stack_fits(call, first + DOWN, NULL, moe->intermediate, hidden) &&
-           stack_of(call, first + GATE, moe->experts, hidden, moe->intermediate, &moe->gate) &&
-           stack_of(call, first + UP, moe->experts, hidden, moe->intermediate, &moe->up) &&
-           stack_of(call, first + DOWN, moe->experts, moe->intermediate, hidden, &moe->down);
+           stack_of(call, first + GATE, moe->experts, hidden, moe->intermediate, *formats, &moe->gate) &&
+           stack_of(call, first + UP, moe->experts, hidden, moe->intermediate, *formats, &moe->up) &&
+           stack_of(call, first + DOWN, moe->experts, moe->intermediate, hidden, *formats, &moe->down);
+}
+
+static struct mm_mps_stack mps_stack(struct mm_call *call, int first) {
+    const struct mm_tensor *bias = tensor_at(call, first + 4);
+    return (struct mm_mps_stack){tensor_at(call, first)->handle, tensor_at(call, first + 1)->handle,
+                                 tensor_at(call, first + 2)->handle, tensor_at(call, first + 3)->handle,
+                                 bias->numel ? bias->handle : NULL};
+}
+
+static bool run_moe_mps(struct mm_call *call, const struct mm_moe *moe, int64_t formats) {
+    enum { X, WEIGHTS, IDS, GATE, UP = GATE + 5, DOWN = UP + 5 };
+    for (int i = X; i <= IDS; i++)
+        if (!make_contiguous(call, i)) return false;
+    const struct mm_tensor *x = tensor_at(call, X);
+    struct mm_mps_moe mps = {
+        .x = x->handle,
+        .weights = tensor_at(call, WEIGHTS)->handle,
+        .ids = tensor_at(call, IDS)->handle,
+        .y = call->outputs[0],
+        .x_dtype = x->dtype,
+        .weights_dtype = tensor_at(call, WEIGHTS)->dtype,
+        .wide_ids = tensor_at(call, IDS)->dtype == mm_torch.aoti_torch_dtype_int64(),
+        .device = {call->device_type, x->device_index},
+        .gate = mps_stack(call, GATE),
+        .up = mps_stack(call, UP),
+        .down = mps_stack(call, DOWN),
+        .tokens = moe->x.rows,
+        .top_k = moe->weights.columns,
+        .hidden = moe->x.columns,
+        .intermediate = moe->intermediate,
+        .experts = moe->experts,
+        .formats = formats,
+        .activation = moe->activation,
+        .alpha = moe->alpha,
+        .limit = moe->limit,
+    };
+    return mps_done(call, mm_mps_moe(&mps));
 }
 
 static bool run_moe_trellis_swiglu(struct mm_call *call) {
     enum { X, WEIGHTS, IDS };
     struct mm_moe moe = {0};
-    if (!moe_of(call, 0, &moe)) return false;
+    int64_t formats;
+    if (!moe_of(call, 0, &moe, &formats)) return false;
     void *y = rows_output(call, 0, tensor_at(call, X), moe.x.columns);
+    if (y && on_mps(call)) return run_moe_mps(call, &moe, formats);
     int32_t *ids = y ? ids_of(call, tensor_at(call, IDS), moe.experts, moe.weights.columns) : NULL;
     if (!ids) return false;
     moe.ids = ids;
@@ -492,8 +621,9 @@ static bool run_moe_trellis_swiglu_backward(struct mm_call *call) {
     enum { GRAD, X, WEIGHTS, IDS };
     struct mm_moe moe = {0};
     struct mm_rows grad;
+    int64_t formats;
     const struct mm_tensor *x = tensor_at(call, X), *weights = tensor_at(call, WEIGHTS);
-    if (!moe_of(call, 1, &moe) || !rows_of(call, tensor_at(call, GRAD), &grad) ||
+    if (!moe_of(call, 1, &moe, &formats) || !rows_of(call, tensor_at(call, GRAD), &grad) ||
         !same_lead(call, tensor_at(call, GRAD), x))
         return false;
     if (grad.columns != moe.x.columns)
@@ -556,7 +686,106 @@ static bool run_router(struct mm_call *call) {
     int64_t *ids = weights ? new_output(call, 1, x->dim, sizes, mm_torch.aoti_torch_dtype_int64()) : NULL;
     sizes[x->dim - 1] = experts;
     float *logits = ids ? new_output(call, 2, x->dim, sizes, mm_torch.aoti_torch_dtype_float32()) : NULL;
-    return logits && (mm_cpu_router(&router, weights, ids, logits) || fail_memory(call));
+    if (!logits || !on_mps(call)) return logits && (mm_cpu_router(&router, weights, ids, logits) || fail_memory(call));
+    for (int i = X; i <= CORRECTION; i++)
+        if (!make_contiguous(call, i)) return false;
+    struct mm_mps_router run = {
+        .x = x->handle,
+        .gate = gate->handle,
+        .correction = correction->numel ? correction->handle : NULL,
+        .weights = call->outputs[0],
+        .ids = call->outputs[1],
+        .logits = call->outputs[2],
+        .x_dtype = x->dtype,
+        .gate_dtype = gate->dtype,
+        .correction_dtype = correction->dtype,
+        .tokens = router.x.rows,
+        .hidden = router.x.columns,
+        .experts = experts,
+        .top_k = router.top_k,
+        .n_group = router.n_group,
+        .topk_group = router.topk_group,
+        .kind = router.kind,
+        .renormalize = router.renormalize,
+        .scale = router.scale,
+    };
+    return mps_done(call, mm_mps_router(&run));
+}
+
+/* ---- dispatch_kernel ---- */
+
+static size_t list_length(struct mm_call *call, int index) {
+    size_t length = 0;
+    mm_torch.torch_list_size(call->arguments[index].list_handle, &length);
+    return length;
+}
+
+static mm_stable_ivalue list_item(struct mm_call *call, int index, size_t item) {
+    mm_stable_ivalue value = 0;
+    mm_torch.torch_list_get_item(call->arguments[index].list_handle, item, &value);
+    return value;
+}
+
+static int64_t list_int(struct mm_call *call, int index, size_t item) {
+    mm_stable_ivalue value = list_item(call, index, item);
+    int64_t integer;
+    memcpy(&integer, &value, sizeof integer);
+    return integer;
+}
+
+static bool lengths_of(struct mm_call *call, int index, uint64_t *lengths) {
+    size_t count = list_length(call, index);
+    if (count < 1 || count > 3)
+        return fail(call, "%s has %zu lengths; expected 1 to 3", call->op->names[index], count);
+    for (size_t i = 0; i < 3; i++) {
+        int64_t length = i < count ? list_int(call, index, i) : 1;
+        if (length < 1) return fail(call, "%s has length %lld; expected 1 or more", call->op->names[index], (long long)length);
+        lengths[i] = (uint64_t)length;
+    }
+    return true;
+}
+
+/* A kernel of the caller's own on the MPS stream. layout: for each slot 0 a tensor, 1 an integer, 2 a float (its bits), taken in
+ * order from `tensors` and `scalars`. */
+static bool run_dispatch_kernel(struct mm_call *call) {
+    enum { SOURCE, NAME, TENSORS, LAYOUT, SCALARS, GRID, GROUP };
+    struct mm_dispatch dispatch = {0};
+    mm_tensor_handle handles[MM_MAX_BINDINGS];
+    size_t slots = list_length(call, LAYOUT), tensors = list_length(call, TENSORS), taken = 0, scalars = 0;
+    bool done = lengths_of(call, GRID, dispatch.grid) && lengths_of(call, GROUP, dispatch.group);
+    if (done && slots > MM_MAX_BINDINGS)
+        done = fail(call, "args has %zu entries; Metal has %d buffer slots", slots, MM_MAX_BINDINGS);
+    for (size_t slot = 0; done && slot < slots; slot++) {
+        int64_t kind = list_int(call, LAYOUT, slot);
+        if (kind == 0 && taken < tensors) {
+            mm_stable_ivalue value = list_item(call, TENSORS, taken);
+            memcpy(&handles[taken], &value, sizeof handles[taken]);
+            struct mm_tensor tensor = {.handle = handles[taken++], .name = "args"};
+            done = unbox_tensor(call, &tensor);
+            mm_bind_tensor(&dispatch, (int)slot, tensor.handle);
+        } else if (kind == 1 || kind == 2) {
+            int64_t value = list_int(call, SCALARS, scalars++);
+            float number;
+            int32_t bits = (int32_t)value;
+            memcpy(&number, &bits, sizeof number);
+            if (kind == 1)
+                mm_bind_int(&dispatch, (int)slot, value);
+            else
+                mm_bind_float(&dispatch, (int)slot, number);
+        } else {
+            done = fail(call, "layout has %lld at %zu; expected 0 (with a tensor left), 1 or 2", (long long)kind, slot);
+        }
+    }
+    if (done && (!taken || !on_mps(call)))
+        done = fail(call, "args has %s; expected at least one tensor, and all of them on the MPS device",
+                    taken ? "tensors of another device" : "no tensor");
+    const char *message = NULL;
+    if (done) {
+        dispatch.kernel = mm_mps_kernel_of(call->arguments[SOURCE].string, call->arguments[NAME].string, &message);
+        done = mps_done(call, dispatch.kernel ? mm_mps_run(&dispatch, 1) : message);
+    }
+    for (size_t i = 0; i < taken; i++) mm_torch.aoti_torch_delete_tensor_object(handles[i]);
+    return done;
 }
 
 /* ---- registration ---- */
@@ -578,7 +807,7 @@ MM_OPS(X)
 #undef X
 
 static struct mm_op ops[OP_COUNT] = {
-#define X(name, arguments, results) {.schema = #name "(" arguments ") -> " results, .run_cpu = run_##name, .boxed = boxed_##name},
+#define X(name, arguments, results) {.schema = #name "(" arguments ") -> " results, .run = run_##name, .boxed = boxed_##name},
     MM_OPS(X)
 #undef X
 };
@@ -590,9 +819,10 @@ static bool parse_schema(struct mm_op *op) {
         char type[16], name[sizeof op->names[0]];
         int length = 0;
         if (op->arguments == MM_MAX_ARGUMENTS || sscanf(text, "%15s %23[a-z_]%n", type, name, &length) != 2) return false;
-        op->types[op->arguments] = type[0];
+        op->types[op->arguments] = strstr(type, "[]") ? 'l' : type[0];
         memcpy(op->names[op->arguments++], name, sizeof name);
         text += length;
+        while (text < end && *text != ',') text++; /* past a default */
         while (text < end && (*text == ',' || *text == ' ')) text++;
     }
     for (const char *result = end; (result = strstr(result, "Tensor")); result++) op->outputs++;
@@ -611,11 +841,12 @@ static void thread_run(int64_t begin, int64_t end, int64_t grain, mm_parallel_bo
 
 bool mm_ops_register(const char **message) {
     /* Both live as long as the process: the dispatcher keeps pointers into them. */
-    static mm_library_handle definitions, kernels;
+    static mm_library_handle definitions, cpu_kernels, mps_kernels;
     mm_threads = (struct mm_threads){thread_count, thread_run};
     *message = "PyTorch refused the op library 'metal_marlin'; is another copy of it loaded?";
     if (mm_torch.aoti_torch_library_init_def("metal_marlin", __FILE__, __LINE__, &definitions) ||
-        mm_torch.aoti_torch_library_init_impl("metal_marlin", "CPU", __FILE__, __LINE__, &kernels))
+        mm_torch.aoti_torch_library_init_impl("metal_marlin", "CPU", __FILE__, __LINE__, &cpu_kernels) ||
+        mm_torch.aoti_torch_library_init_impl("metal_marlin", "MPS", __FILE__, __LINE__, &mps_kernels))
         return false;
     for (int i = 0; i < OP_COUNT; i++) {
         char name[64];
@@ -623,7 +854,10 @@ bool mm_ops_register(const char **message) {
         *message = op->schema;
         snprintf(name, sizeof name, "%.*s", (int)(strchr(op->schema, '(') - op->schema), op->schema);
         if (!parse_schema(op) || mm_torch.aoti_torch_library_def(definitions, op->schema) ||
-            mm_torch.torch_library_impl(kernels, name, op->boxed, MM_TORCH_ABI_VERSION))
+            mm_torch.torch_library_impl(cpu_kernels, name, op->boxed, MM_TORCH_ABI_VERSION))
+            return false;
+        /* Gradients have no Metal kernels; ops.py gives MPS tensors a version made of torch's own ops. */
+        if (!strstr(name, "_backward") && mm_torch.torch_library_impl(mps_kernels, name, op->boxed, MM_TORCH_ABI_VERSION))
             return false;
     }
     return true;

@@ -29,3 +29,31 @@ const char *mm_torch_load(const char *path, const char **version) {
     mm_torch = table;
     return NULL;
 }
+
+struct mm_mps_table mm_mps;
+static int32_t mps_device_type = -1;
+
+const char *mm_mps_load(const char *path, const char *emulator) {
+    void *library = emulator ? dlopen(emulator, RTLD_NOW | RTLD_LOCAL) : path ? dlopen(path, RTLD_NOW | RTLD_NOLOAD) : NULL;
+    if (emulator && !library) return dlerror();
+    struct mm_mps_table table;
+    void *symbol;
+#define X(type, name, arguments, first_version) \
+    symbol = find(library, #name);              \
+    if (!symbol) return #name;                  \
+    memcpy(&table.name, &symbol, sizeof symbol);
+    MM_MPS_SYMBOLS(X)
+#undef X
+#define X(type, name, arguments, first_version) \
+    symbol = find(library, #name);              \
+    memcpy(&table.name, &symbol, sizeof symbol);
+    MM_MPS_OPTIONAL_SYMBOLS(X)
+#undef X
+    mm_mps = table;
+    mps_device_type = emulator ? mm_torch.aoti_torch_device_type_cpu() : mm_torch.aoti_torch_device_type_mps();
+    return NULL;
+}
+
+int32_t mm_mps_device_type(void) { return mps_device_type; }
+
+void mm_mps_unload(void) { mps_device_type = -1; }

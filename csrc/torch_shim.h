@@ -12,6 +12,10 @@
 typedef struct AtenTensorOpaque *mm_tensor_handle;
 typedef struct TorchLibraryOpaque *mm_library_handle;
 typedef struct StringOpaque *mm_string_handle;
+typedef struct StableListOpaque *mm_list_handle;
+typedef struct AOTIMetalShaderLibraryOpaque *mm_metal_library;
+typedef struct AOTIMetalKernelFunctionOpaque *mm_metal_function;
+typedef void (*mm_command_block)(mm_metal_function function, void *context);
 typedef uint64_t mm_stable_ivalue;
 typedef int32_t mm_torch_error; /* 0 is success */
 typedef void (*mm_boxed_kernel)(mm_stable_ivalue *stack, uint64_t n_in, uint64_t n_out);
@@ -60,7 +64,35 @@ typedef void (*mm_parallel_body)(int64_t begin, int64_t end, void *context);
     X(mm_torch_error, torch_get_num_threads, (uint32_t *threads), "2.10")                                              \
     X(mm_torch_error, torch_string_length, (mm_string_handle string, size_t *length), "2.10")                          \
     X(mm_torch_error, torch_string_c_str, (mm_string_handle string, const char **data), "2.10")                        \
-    X(mm_torch_error, torch_delete_string, (mm_string_handle string), "2.10")
+    X(mm_torch_error, torch_delete_string, (mm_string_handle string), "2.10")                                          \
+    X(mm_torch_error, torch_list_size, (mm_list_handle list, size_t * size), "2.10")                                   \
+    X(mm_torch_error, torch_list_get_item, (mm_list_handle list, size_t index, mm_stable_ivalue * item), "2.10")       \
+    X(mm_torch_error, torch_delete_list, (mm_list_handle list), "2.10")                                                \
+    X(int32_t, aoti_torch_memory_format_contiguous_format, (void), "2.7")                                              \
+    X(mm_torch_error, torch_call_dispatcher,                                                                           \
+      (const char *op, const char *overload, mm_stable_ivalue *stack, uint64_t abi_version), "2.10")                   \
+    X(int32_t, aoti_torch_device_type_mps, (void), "2.7")
+
+/* What the MPS backend needs besides; only torch for macOS has these. */
+#define MM_MPS_SYMBOLS(X)                                                                                              \
+    X(mm_torch_error, aoti_torch_mps_create_shader_library, (const char *source, mm_metal_library *library), "2.10")   \
+    X(mm_torch_error, aoti_torch_mps_get_kernel_function,                                                              \
+      (mm_metal_library library, const char *name, mm_metal_function *function), "2.10")                               \
+    X(mm_torch_error, aoti_torch_mps_run_command_block,                                                                \
+      (mm_metal_function function, mm_command_block callback, void *context), "2.10")                                  \
+    X(mm_torch_error, aoti_torch_mps_start_encoding, (mm_metal_function function), "2.10")                             \
+    X(mm_torch_error, aoti_torch_mps_set_arg_tensor,                                                                   \
+      (mm_metal_function function, unsigned slot, mm_tensor_handle tensor), "2.10")                                    \
+    X(mm_torch_error, aoti_torch_mps_set_arg_int, (mm_metal_function function, unsigned slot, int64_t value), "2.10")  \
+    X(mm_torch_error, aoti_torch_mps_dispatch_array_with_group_size,                                                   \
+      (mm_metal_function function, const uint64_t *length, size_t length_size, const uint64_t *group_size,             \
+       size_t group_size_size),                                                                                        \
+      "2.10")
+
+/* Used where present, NULL where not. */
+#define MM_MPS_OPTIONAL_SYMBOLS(X)                                                                                     \
+    X(mm_torch_error, torch_mps_set_arg_bytes,                                                                         \
+      (mm_metal_function function, unsigned slot, const void *bytes, uint64_t size), "2.14")
 
 struct mm_torch_table {
 #define X(type, name, arguments, version) type(*name) arguments;
@@ -73,5 +105,23 @@ extern struct mm_torch_table mm_torch;
 /* Fills mm_torch from the torch library at `path` (already loaded by `import torch`; NULL: search the process).
  * Returns NULL, or the first symbol that is missing, with the torch version that brought it in *version. */
 const char *mm_torch_load(const char *path, const char **version);
+
+struct mm_mps_table {
+#define X(type, name, arguments, version) type(*name) arguments;
+    MM_MPS_SYMBOLS(X)
+    MM_MPS_OPTIONAL_SYMBOLS(X)
+#undef X
+};
+
+extern struct mm_mps_table mm_mps;
+
+/* Fills mm_mps from the torch library at `path`. Returns NULL, or the first symbol that is missing: then there is no MPS
+ * backend. `emulator` is the path of a library that has the same functions and runs Metal text on this machine, for tests: CPU
+ * tensors are then what the backend works on. Without it, NULL. */
+const char *mm_mps_load(const char *path, const char *emulator);
+/* The device type whose tensors go to the MPS backend; -1 while there is none. */
+int32_t mm_mps_device_type(void);
+/* Switches the backend off again (tests). */
+void mm_mps_unload(void);
 
 #endif

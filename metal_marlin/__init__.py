@@ -6,8 +6,10 @@ transformers.
 
 import torch  # noqa: F401  (first: the C extension looks for PyTorch's C ABI in the running process)
 
+from . import mps_gradients  # noqa: F401  (registers them)
 from ._C import cpu_level, cpu_levels
 from ._version import __version__
+from .dispatch import dispatch_kernel
 from .modules import TrellisExperts, TrellisLinear, TrellisMoE, TrellisRouter, TrellisStack
 from .ops import dequantize, moe_trellis_swiglu, router, trellis_linear
 from .trellis import TrellisTensor
@@ -25,6 +27,7 @@ __all__ = [
     "cpu_level",
     "cpu_levels",
     "dequantize",
+    "dispatch_kernel",
     "moe_trellis_swiglu",
     "router",
     "trellis_linear",

@@ -1,4 +1,4 @@
-"""The command line: python -m metal_marlin {info, inspect, generate, perplexity, demo}.
+"""The command line: python -m metal_marlin {info, inspect, generate, perplexity, demo, selftest}.
 
 Owns the arguments and what an error looks like: a mistake of the user's is one line on stderr and exit status 2,
 anything else that fails one line and status 1, and --debug shows the traceback of either.
@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         default="float32",
         help="type of activations and unquantized weights (default: %(default)s)",
     )
+    model.add_argument("--device", choices=("cpu", "mps"), default="cpu", help="where to run (default: %(default)s)")
 
     top = argparse.ArgumentParser(prog="metal_marlin", description="Trellis-quantized (EXL3) models in PyTorch.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -70,27 +71,43 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", parents=[common], help="load the bundled model, measure it, and let it write")
     demo.add_argument("directory", metavar="DIR", nargs="?", help="another folder laid out like models/tiny-moe")
+
+    selftest = commands.add_parser(
+        "selftest", parents=[common, machine], help="run every kernel on this machine's GPU and compare it with the CPU"
+    )
+    selftest.add_argument(
+        "--report",
+        default="metal_marlin-selftest.md",
+        metavar="FILE",
+        help="write what was found here, to be attached to a bug report (default: %(default)s)",
+    )
+    amount = selftest.add_mutually_exclusive_group()
+    amount.add_argument("--quick", action="store_true", help="every codebook, rate, dtype, ... once")
+    amount.add_argument("--all", action="store_true", help="every combination of them: many hours")
+    selftest.add_argument("--only", metavar="TEXT", help="only what has TEXT in its name, as the report spells it")
     return top
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Runs one command. The import is late so that `--help` needs no torch model code."""
+def run(arguments: argparse.Namespace) -> int:
+    """Runs one command; returns its exit status. The import is late so that `--help` needs no torch model code."""
     if arguments.command == "info":
         from metal_marlin import cli_info as command
     elif arguments.command == "inspect":
         from metal_marlin import cli_inspect as command  # type: ignore[no-redef]
     elif arguments.command == "demo":
         from metal_marlin import cli_demo as command  # type: ignore[no-redef]
+    elif arguments.command == "selftest":
+        from metal_marlin import selftest as command  # type: ignore[no-redef]
     else:
         from metal_marlin import cli_run as command  # type: ignore[no-redef]
-    getattr(command, arguments.command)(arguments)
+    return getattr(command, arguments.command)(arguments) or 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 (failed), 2 (the user's mistake), 130 (interrupted)."""
     arguments = parser().parse_args(argv)
     try:
-        run(arguments)
+        return run(arguments)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -19,6 +19,7 @@ import torch
 from metal_marlin import _C
 from metal_marlin._version import __version__
 from metal_marlin.cli_run import load, resident_bytes, windows_of, write
+from metal_marlin.mps import mps_problem
 from metal_marlin.perplexity import perplexity
 from metal_marlin.weights import Checkpoint
 
@@ -108,7 +109,7 @@ def demo(arguments: argparse.Namespace) -> None:
     show("bits", rates)
     show(
         "device",
-        f"cpu, {_C.cpu_level()} kernels, {torch.get_num_threads()} threads (the Apple GPU path is not in this version)",
+        f"cpu, {_C.cpu_level()} kernels, {torch.get_num_threads()} threads (Apple GPU: {mps_problem() or 'active'})",
     )
 
     model, tokenizer = load(directory, "auto")

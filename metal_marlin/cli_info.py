@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from metal_marlin import _C
+from metal_marlin import _C, mps
 from metal_marlin._version import __version__
 
 LEVEL_VARIABLE = "METAL_MARLIN_CPU"
@@ -27,7 +27,6 @@ def version_of(package: str) -> str | None:
 
 def facts() -> dict[str, Any]:
     """What `info --json` prints."""
-    mps = torch.backends.mps
     return {
         "metal_marlin": __version__,
         "python": platform.python_version(),
@@ -41,12 +40,7 @@ def facts() -> dict[str, Any]:
             "override": os.environ.get(LEVEL_VARIABLE),
             "threads": torch.get_num_threads(),
         },
-        "mps": {
-            "active": False,
-            "reason": "this version of metal_marlin has no Metal kernels yet",
-            "torch_built_with_mps": mps.is_built(),
-            "torch_sees_a_gpu": mps.is_available(),
-        },
+        "mps": mps.facts(),
         "codebooks": {name: [rate / 2 for rate in _C.RATES2[name]] for name in _C.CODEBOOKS},
         "activations": list(_C.ACTIVATIONS),
         "routers": list(_C.ROUTERS),
@@ -68,9 +62,8 @@ def info(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(found, indent=2))
         return
-    cpu, mps = found["cpu"], found["mps"]
+    cpu, gpu = found["cpu"], found["mps"]
     override = f"{LEVEL_VARIABLE}={cpu['override']}" if cpu["override"] else f"{LEVEL_VARIABLE} is not set"
-    gpu = "torch sees a GPU" if mps["torch_sees_a_gpu"] else "nor does torch see one here"
     lines = [
         ("metal_marlin", found["metal_marlin"]),
         ("python", f"{found['python']} on {found['system']}"),
@@ -78,8 +71,8 @@ def info(arguments: argparse.Namespace) -> None:
         ("transformers", found["transformers"] or "not installed; generate, perplexity and demo need it"),
         ("CPU", f"active: {cpu['level']} kernels, {cpu['threads']} threads"),
         ("", f"this machine runs {', '.join(cpu['levels'])}; {override}"),
-        ("Apple GPU", f"not active: {mps['reason']}"),
-        ("", f"({gpu})"),
+        ("Apple GPU", "active: tensors on mps" if gpu["active"] else f"not active: {gpu['reason']}"),
+        ("", f"{gpu['status']}; python -m metal_marlin selftest checks them"),
         *(
             ("codebooks" if i == 0 else "", f"{n:<5} at {rates(r)} bits")
             for i, (n, r) in enumerate(found["codebooks"].items())

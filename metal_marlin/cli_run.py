@@ -16,14 +16,17 @@ from typing import Any
 import torch
 
 from metal_marlin import perplexity as metrics
+from metal_marlin.mps import mps_problem
 
 
-def load(directory: str | Path, dtype: str) -> tuple[Any, Any]:
+def load(directory: str | Path, dtype: str, device: str = "cpu") -> tuple[Any, Any]:
     """(model, tokenizer) of a local folder, quantized or not. Nothing is fetched, and no code of the folder's is run.
 
     FileNotFoundError: no folder, or one without config.json. ImportError: no transformers.
-    ValueError: what the loaders refuse.
+    ValueError: what the loaders refuse, and "mps" where its backend is off.
     """
+    if device == "mps" and (problem := mps_problem()):
+        raise ValueError(f"--device is mps, which is off: {problem}")
     path = Path(directory)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a directory")
@@ -42,7 +45,7 @@ def load(directory: str | Path, dtype: str) -> tuple[Any, Any]:
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **options)
     model = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, **options)
-    return model.eval(), tokenizer
+    return model.eval().to(device), tokenizer
 
 
 def resident_bytes(model: torch.nn.Module) -> int:
@@ -66,7 +69,7 @@ def write(model: Any, tokenizer: Any, prompt: str, **options: Any) -> torch.Tens
     """Streams `prompt` and its continuation to stdout; returns the ids, int64 [1, tokens]. ValueError: empty prompt."""
     import transformers
 
-    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
     if encoded["input_ids"].shape[1] == 0:
         raise ValueError("the prompt is empty")
     streamer = transformers.TextStreamer(tokenizer, skip_special_tokens=True)
@@ -92,7 +95,7 @@ def generate(arguments: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     if not prompt:
         raise ValueError("the prompt is empty")
-    model, tokenizer = load(arguments.directory, arguments.dtype)
+    model, tokenizer = load(arguments.directory, arguments.dtype, arguments.device)
     torch.manual_seed(arguments.seed)
     sampling: dict[str, Any] = {"do_sample": False}
     if arguments.temperature > 0:
@@ -108,7 +111,7 @@ def perplexity(arguments: argparse.Namespace) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not a file")
     text = file.read_text(encoding="utf-8")
-    model, tokenizer = load(arguments.directory, arguments.dtype)
+    model, tokenizer = load(arguments.directory, arguments.dtype, arguments.device)
     windows = windows_of(text, tokenizer, arguments.length, arguments.windows)
     result = metrics.perplexity(model, windows, batch=arguments.batch)
     if arguments.json:

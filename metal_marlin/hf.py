@@ -37,6 +37,7 @@ except ImportError as error:
 from metal_marlin.hf_experts import experts_forward
 from metal_marlin.hf_plan import PROJECTIONS, Plan, apply_plan, check_load, make_plan
 from metal_marlin.hf_routers import fuse_routers
+from metal_marlin.mps import mps_problem
 from metal_marlin.packed import TrellisStack
 from metal_marlin.safetensors_header import read_header
 from metal_marlin.trellis import LEGACY, MARKERS, SCALES, unpack_signs
@@ -117,19 +118,24 @@ class Exl3Quantizer(HfQuantizer):
     def validate_environment(
         self, *args: Any, device_map: Any = None, weights_only: bool = True, **kwargs: Any
     ) -> None:
-        """NotImplementedError for devices other than the CPU; ValueError if pickles were to be trusted."""
+        """NotImplementedError for a device without kernels; ValueError if pickles were to be trusted."""
         if weights_only is False:
             raise ValueError("weights_only is False; expected True: pickles of EXL3 checkpoints are never read")
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         for place in places:
-            if place is not None and str(place) not in ("cpu", "auto"):
+            problem, is_mps = mps_problem(), str(place).split(":")[0] == "mps"
+            if place is not None and str(place) not in ("cpu", "auto") and (problem or not is_mps):
+                here = "the CPU only" if problem else "the CPU and on mps only"
                 raise NotImplementedError(
-                    f"device_map asks for {place}; this version of metal_marlin runs EXL3 models on the CPU only"
+                    f"device_map asks for {place}; this version of metal_marlin runs EXL3 models on {here}"
+                    + (f": {problem}" if is_mps else "")
                 )
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Takes "auto" for the CPU: it would pick a GPU, for which there are no kernels yet."""
-        return {"": "cpu"} if device_map == "auto" else device_map
+        """Takes "auto" for the Apple GPU where its kernels run, else for the CPU: it could pick another GPU."""
+        if device_map != "auto":
+            return device_map
+        return {"": "cpu" if mps_problem() else "mps"}
 
     def update_tp_plan(self, config: Any) -> Any:
         """The same of older versions of transformers."""

@@ -97,7 +97,8 @@ def moe_trellis_swiglu(
         gate, up, down: stacks with ``trellis`` (flat int16: all experts' tiles), ``table`` (``[experts, 3]`` int64:
             offset in int16 elements, 2 x bits, index in ``_C.CODEBOOKS``), ``suh`` ``[experts, k]``,
             ``svh`` ``[experts, n]``, ``bias`` ``[experts, n]`` or None, all float16. Rates and codebooks may differ
-            from expert to expert and between the projections.
+            from expert to expert and between the projections. A stack's ``formats``, if it has them, are the bits
+            ``16 * codebook + 2 * bits - 1`` of what occurs: on a GPU, kernels are compiled for those alone.
         intermediate: the true expert width (default: ``down.suh.shape[1]``). Channels beyond it are padding and count
             as zero.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` (each: act(g) * u) or ``"swiglu_oai"`` (gpt-oss; uses
@@ -111,9 +112,13 @@ def moe_trellis_swiglu(
     """
     width = down.suh.shape[1] if intermediate is None else intermediate
     flat: list[Tensor] = []
+    formats = 0
     for stack in (gate, up, down):
         flat += [stack.trellis, stack.table, stack.suh, stack.svh, _or_empty(stack.bias, stack.suh)]
-    return _ops.moe_trellis_swiglu(x, weights, ids, *flat, width, activation, alpha, limit)  # type: ignore[no-any-return]
+        formats |= getattr(stack, "formats", -1)
+    return _ops.moe_trellis_swiglu(  # type: ignore[no-any-return]
+        x, weights, ids, *flat, width, activation, alpha, limit, formats
+    )
 
 
 def router(

@@ -104,6 +104,12 @@ class TrellisStack(Packed):
         """Bits per weight, the mean over the experts."""
         return sum(self.rates2) / len(self.rates2) / 2
 
+    @property
+    def formats(self) -> int:
+        """The (codebook, rate) pairs that occur, as `moe_trellis_swiglu` takes them: bit 16 * codebook + rate2 - 1."""
+        pairs = set(zip(self.codebooks, self.rates2, strict=True))
+        return sum(1 << (16 * _C.CODEBOOKS.index(codebook) + rate2 - 1) for codebook, rate2 in pairs)
+
     def make_table(self, device: torch.device | str | None = None) -> Tensor:
         """The table that belongs to the stack's rates and codebooks."""
         rows, offset = [], 0

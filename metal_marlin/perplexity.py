@@ -91,7 +91,7 @@ def perplexity(model: Any, windows: torch.Tensor, *, batch: int | None = None, p
             logits = model(input_ids=rows, use_cache=False).logits
             for row, row_logits in zip(rows, logits, strict=True):
                 losses = torch.nn.functional.cross_entropy(row_logits[:-1].float(), row[1:], reduction="none")
-                total += float(losses.double().sum())
+                total += float(losses.cpu().double().sum())  # MPS has no float64
             done += len(rows)
             bar.update(len(rows))
             bar.set_postfix_str(f"{_exp(total / (done * (length - 1))):.3f}", refresh=False)

@@ -147,3 +147,50 @@ def assert_close(got: torch.Tensor, want: np.ndarray, bound: np.ndarray, what: s
     worst = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error / bound)), error.shape)
     message = f"{what}: at {tuple(map(int, worst))} got {got_array[worst]}, expected {want[worst]} +- {bound[worst]}"
     assert bool((error <= bound).all()), message
+
+
+@pytest.fixture(scope="session")
+def emulator_library() -> Any:
+    """The Metal emulator, built and loaded once; tests that need it are skipped where it cannot run."""
+    emulator = pytest.importorskip("emulator")
+    if reason := emulator.unavailable():
+        pytest.skip(reason)
+    return emulator.load()
+
+
+@pytest.fixture
+def emulated(emulator_library: Any) -> Iterator[Any]:
+    """The MPS backend on the emulator for the length of a test: CPU tensors stand for MPS ones. Synchronize before
+    reading a result. What the emulator finds fails the test."""
+    import emulator
+
+    emulator.reset()
+    _C.use_mps_emulator(emulator_library._name)
+    yield emulator
+    _C.use_mps_emulator(None)
+    emulator.synchronize()
+
+
+class EmulatedRuns:
+    """Calls that run on the emulated MPS backend, each waited for."""
+
+    def __init__(self, library: Any) -> None:
+        self.path = library._name
+
+    def run(self, call: Any) -> Any:
+        """call()'s result, once it is there. What the emulator finds is raised."""
+        import emulator
+
+        _C.use_mps_emulator(self.path)
+        try:
+            result = call()
+            emulator.synchronize()
+        finally:
+            _C.use_mps_emulator(None)
+        return result
+
+
+@pytest.fixture
+def emulator(emulator_library: Any) -> EmulatedRuns:
+    """The emulated backend, one call at a time."""
+    return EmulatedRuns(emulator_library)

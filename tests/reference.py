@@ -137,6 +137,29 @@ class Packed:
             return dequantize(self.trellis, self.suh, self.svh, self.codebook)
 
 
+class Unrounded(Packed):
+    """The same matrix as the Metal decode kernels multiply by: mul1's values without their rounding to binary16."""
+
+    @cached_property
+    def rotated(self) -> np.ndarray:
+        exact = rotated(self.trellis, self.codebook)
+        if self.codebook != "mul1":
+            return exact
+        scale, offset = np.array([0x1EEE, 0xC931], np.uint16).view(np.float16).astype(np.float64)
+        total = np.round((exact - offset) / scale) - 1024  # the rounding moved no value by half a step
+        return (1024.0 + total) * scale + offset
+
+    @cached_property
+    def dense(self) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            weight = rotate(rotate(self.rotated).T).T
+            return self.suh.astype(np.float64)[:, None] * weight * self.svh.astype(np.float64)
+
+
+def unrounded(p: Packed) -> Packed:
+    return Unrounded(p.trellis, p.suh, p.svh, p.codebook, p.bias)
+
+
 def linear(x: np.ndarray, p: Packed, out_features: int) -> np.ndarray:
     """x [tokens, in] -> float64 [tokens, out]. What belongs to padding, in rows or columns of W, takes no part."""
     y = x @ p.dense[: x.shape[-1], :out_features]

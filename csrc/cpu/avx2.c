@@ -1,6 +1,5 @@
-/* The AVX2 level (with FMA and F16C): 8 trellis positions at a time. A byte shuffle brings each position's 3 stream bytes
- * into its 32-bit lane, a per-lane shift leaves the 16-bit window; that works for every rate, so only tables differ.
- * Compiled for AVX2 whatever the build's flags, and used only where the CPU has it. */
+/* The AVX2 level (with FMA and F16C): 8 trellis positions at a time, windows by byte shuffle and per-lane shift
+ * (windows.h). Compiled for AVX2 whatever the build's flags, and used only where the CPU has it. */
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 
@@ -10,62 +9,19 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#include <assert.h>
 #include <cpuid.h>
-#include <stdalign.h>
 
 #include "cpu/vector.h"
 
-#include "cpu/cpu.h"
+/* 3inst and mcg widen each half of a lane with two conversions and gather low and high halves with two in-lane
+ * shuffles, which permutes lanes; loading windows in the order `pair` makes the result come out in order. */
+enum { ORDER_PLAIN, ORDER_PAIR, WINDOW_ORDERS };
+static const uint8_t window_lanes[WINDOW_ORDERS][8] = {{0, 1, 2, 3, 4, 5, 6, 7}, {0, 1, 4, 5, 2, 3, 6, 7}};
+#define WINDOW_SHIFT(bits) (bits)
+
+#include "cpu/windows.h"
 
 #define LEVEL "avx2"
-
-/* How to cut one rate's windows out of a tile. The 16 loaded bytes start at offset[group], or for the first groups at
- * byte -4 of the circular stream. Lanes hold positions 0..7 in order, or as `pair_lane` says. */
-struct window_plan {
-    alignas(32) uint8_t shuffle[2][32][32]; /* [order][group]: bytes for _mm256_shuffle_epi8 */
-    alignas(32) uint32_t shift[2][2][8];    /* [order][group parity] */
-    uint8_t offset[32];
-    int wrapped_groups; /* leading groups whose windows reach back over the tile's start: 1, or 2 at low rates */
-};
-enum { ORDER_PLAIN, ORDER_PAIR };
-
-/* 3inst and mcg widen each half of a lane with two conversions and gather low and high halves with two in-lane
- * shuffles, which permutes lanes; loading position pair_lane[i] into lane i makes the result come out in order. */
-static const uint8_t pair_lane[8] = {0, 1, 4, 5, 2, 3, 6, 7};
-
-static struct window_plan plans[MM_MAX_RATE2 + 1];
-
-static void plan_rate(struct window_plan *plan, int rate2) {
-    int bytes = MM_TILE_BYTES(rate2);
-    plan->wrapped_groups = 0;
-    for (int group = 0; group < 32; group++) {
-        int first_start = ((8 * group + 1) * rate2 >> 1) - MM_WINDOW_BITS;
-        bool wrapped = first_start < 0;
-        int base = wrapped ? -4 : (first_start / 8) & ~3;
-        if (base > bytes - 16) base = bytes - 16; /* never read past the tile */
-        plan->wrapped_groups += wrapped;
-        plan->offset[group] = (uint8_t)(wrapped ? 0 : base);
-        for (int order = 0; order < 2; order++)
-            for (int lane = 0; lane < 8; lane++) {
-                int position = 8 * group + (order == ORDER_PAIR ? pair_lane[lane] : lane);
-                int start = ((position + 1) * rate2 >> 1) - MM_WINDOW_BITS;
-                int byte = (start + 64) / 8 - 8, bit = (start + 64) % 8; /* rounds down, start >= -15 */
-                plan->shift[order][group & 1][lane] = (uint32_t)(8 - bit);
-                for (int i = 0; i < 4; i++) {
-                    /* Little-endian lane: byte 2 is the window's first, byte 0 its third, needed unless aligned. */
-                    bool used = i < 3 && !(i == 0 && bit == 0);
-                    int source = ((byte + 2 - i + 4) ^ 3) - 4 - base; /* + 4 - 4 keeps the xor on whole words */
-                    assert(!used || (source >= 0 && source < 16));
-                    plan->shuffle[order][group][lane * 4 + i] = (uint8_t)(used ? source : 0x80);
-                }
-            }
-    }
-}
-
-static void prepare(void) {
-    for (int rate2 = MM_MIN_RATE2; rate2 <= MM_MAX_RATE2; rate2++) plan_rate(&plans[rate2], rate2);
-}
 
 typedef struct {
     const uint8_t *tile;
@@ -153,11 +109,17 @@ static void store_half(uint16_t *out, const float *in, int64_t count) {
 #pragma GCC reset_options
 #endif
 
-const struct mm_kernels *mm_kernels_avx2(void) {
-    unsigned eax, ebx, ecx, edx;
-    bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
-    return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kernels : 0;
+/* Asked of the CPU itself: __builtin_cpu_supports needs a start-up routine that zig's runtime library lacks. */
+static bool cpu_has_avx2(void) {
+    unsigned eax, ebx, ecx, edx, saved_registers, high;
+    const unsigned wanted = bit_FMA | bit_F16C | bit_AVX | bit_OSXSAVE;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || (ecx & wanted) != wanted) return false;
+    __asm__("xgetbv" : "=a"(saved_registers), "=d"(high) : "c"(0));
+    if ((saved_registers & 6) != 6) return false; /* the system does not save xmm and ymm when it switches threads */
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (ebx & bit_AVX2);
 }
+
+const struct mm_kernels *mm_kernels_avx2(void) { return cpu_has_avx2() ? &kernels : 0; }
 #else
 #include "cpu/cpu.h"
 const struct mm_kernels *mm_kernels_avx2(void) { return 0; }

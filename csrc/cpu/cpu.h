@@ -78,8 +78,9 @@ struct mm_kernels {
 
 /* Every level, slowest first; a getter is NULL-valued where the machine or the build lacks the level. */
 const struct mm_kernels *mm_kernels_scalar(void);
+const struct mm_kernels *mm_kernels_neon(void);
 const struct mm_kernels *mm_kernels_avx2(void);
-#define MM_CPU_LEVELS(X) X(scalar) X(avx2)
+#define MM_CPU_LEVELS(X) X(scalar) X(neon) X(avx2)
 
 extern const struct mm_kernels *mm_cpu; /* the active level; set once at import, and by tests */
 #define MM_MAX_CPU_LEVELS 8

@@ -20,7 +20,8 @@ static inline uint32_t mm_bits_of_float(float value) {
 
 static inline float mm_float_of_half(uint16_t half) {
     uint32_t sign = (uint32_t)(half & 0x8000u) << 16, exponent = (half >> 10) & 0x1Fu, mantissa = half & 0x3FFu;
-    if (exponent == 0x1Fu) return mm_float_of_bits(sign | 0x7F800000u | mantissa << 13);
+    if (exponent == 0x1Fu) /* infinity, or NaN, made quiet as hardware does */
+        return mm_float_of_bits(sign | 0x7F800000u | (mantissa ? 0x400000u : 0u) | mantissa << 13);
     if (exponent) return mm_float_of_bits(sign | (exponent + 112u) << 23 | mantissa << 13);
     if (!mantissa) return mm_float_of_bits(sign);
     /* Subnormal: normalize by hand, since flush-to-zero modes would eat a float subnormal trick. */

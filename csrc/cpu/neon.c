@@ -1,0 +1,103 @@
+/* The NEON level, for every arm64 CPU (Armv8.0 has all that it uses): 8 trellis positions at a time in two registers,
+ * windows by table lookup and per-lane shift (windows.h), half conversions in hardware. */
+#if defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
+#include <arm_neon.h>
+#include <string.h>
+
+#include "cpu/vector.h"
+
+#include "cpu/half.h"
+
+#define WINDOW_ORDERS 1
+static const uint8_t window_lanes[WINDOW_ORDERS][8] = {{0, 1, 2, 3, 4, 5, 6, 7}};
+#define WINDOW_SHIFT(bits) (-(bits)) /* ushl goes left; right by a negative number */
+
+#include "cpu/windows.h"
+
+#define LEVEL "neon"
+
+typedef struct {
+    const uint8_t *tile;
+    const struct window_plan *plan;
+    uint8x16_t wrapped; /* stream bytes -4..11 */
+} tile_reader;
+
+INLINE tile_reader tile_open(int rate2, const uint8_t *tile) {
+    return (tile_reader){tile, &plans[rate2], vextq_u8(vld1q_u8(tile + MM_TILE_BYTES(rate2) - 16), vld1q_u8(tile), 12)};
+}
+
+/* The windows of 4 positions, one a lane; half 0 is positions 0..3 of the group, half 1 is 4..7. */
+INLINE uint32x4_t windows(const tile_reader *reader, int group, int half) {
+    const struct window_plan *plan = reader->plan;
+    uint8x16_t bytes = group < plan->wrapped_groups ? reader->wrapped : vld1q_u8(reader->tile + plan->offset[group]);
+    uint32x4_t lanes = vreinterpretq_u32_u8(vqtbl1q_u8(bytes, vld1q_u8(plan->shuffle[0][group] + 16 * half)));
+    lanes = vshlq_u32(lanes, vld1q_s32(plan->shift[0][group & 1] + 4 * half));
+    return vandq_u32(lanes, vdupq_n_u32(0xFFFF));
+}
+
+INLINE vec8 join(float32x4_t low, float32x4_t high) {
+    vec8 both;
+    memcpy(&both, &low, sizeof low);
+    memcpy((char *)&both + sizeof low, &high, sizeof high);
+    return both;
+}
+
+/* Rounds to binary16 and back: the codebooks' one rounding. FPCR's flush-to-zero bits, FZ and FZ16, do not touch
+ * conversions to and from binary16, so subnormals survive. */
+INLINE vec8 round_half(float32x4_t low, float32x4_t high) {
+    float16x4_t narrow_low = vcvt_f16_f32(low), narrow_high = vcvt_f16_f32(high);
+    return join(vcvt_f32_f16(narrow_low), vcvt_f32_f16(narrow_high));
+}
+
+/* Both codebooks' sums are exact in float (21 bits at most), so round_half is the only rounding. */
+INLINE float32x4_t values_mul1(uint32x4_t states, uint32_t multiplier) {
+    uint8x16_t words = vreinterpretq_u8_u32(vmulq_n_u32(states, multiplier));
+    float32x4_t sums = vcvtq_f32_u32(vpaddlq_u16(vpaddlq_u8(words)));
+    return vfmaq_n_f32(vdupq_n_f32(1024.0f * MM_MUL1_SCALE + MM_MUL1_BIAS), sums, MM_MUL1_SCALE);
+}
+
+/* A word's two halves lie side by side, and stay so when widened: a pairwise addition leaves the lanes in order.
+ * (The high half is taken as integers because clang then folds the move into fcvtl2.) */
+INLINE float32x4_t values_pair(uint32x4_t states, uint32_t multiplier, uint32_t addend) {
+    uint32x4_t words = vmulq_n_u32(states, multiplier);
+    if (addend) words = vaddq_u32(words, vdupq_n_u32(addend));
+    uint16x8_t halves = vreinterpretq_u16_u32(words); /* both masks are the same for both halves */
+    halves = veorq_u16(vandq_u16(halves, vdupq_n_u16(MM_PAIR_AND & 0xFFFF)), vdupq_n_u16(MM_PAIR_XOR & 0xFFFF));
+    return vpaddq_f32(vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(halves))),
+                      vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(halves))));
+}
+
+INLINE vec8 tile_decode(const tile_reader *reader, int group, int codebook) {
+    uint32x4_t low = windows(reader, group, 0), high = windows(reader, group, 1);
+    switch (codebook) {
+#define X(id, name, multiplier, addend, half_rates)                                                              \
+    case id:                                                                                                     \
+        return id == MM_CODEBOOK_MUL1                                                                            \
+                   ? round_half(values_mul1(low, multiplier), values_mul1(high, multiplier))                     \
+                   : round_half(values_pair(low, multiplier, addend), values_pair(high, multiplier, addend));
+        MM_CODEBOOKS(X)
+#undef X
+    default:
+        return (vec8){0};
+    }
+}
+
+static void load_half(float *out, const uint16_t *in, int64_t count) {
+    int64_t whole = count / 4 * 4;
+    for (int64_t i = 0; i < whole; i += 4) vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(in + i))));
+    for (int64_t i = whole; i < count; i++) out[i] = mm_float_of_half(in[i]);
+}
+
+static void store_half(uint16_t *out, const float *in, int64_t count) {
+    int64_t whole = count / 4 * 4;
+    for (int64_t i = 0; i < whole; i += 4) vst1_u16(out + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(in + i))));
+    for (int64_t i = whole; i < count; i++) out[i] = mm_half_of_float(in[i]);
+}
+
+#include "cpu/kernels.h"
+
+const struct mm_kernels *mm_kernels_neon(void) { return &kernels; }
+#else
+#include "cpu/cpu.h"
+const struct mm_kernels *mm_kernels_neon(void) { return 0; }
+#endif

@@ -1,0 +1,621 @@
+/* Checks the CPU backend's SIMD levels without Python and torch, so that it runs wherever a C compiler or an emulator
+ * does: every level that the machine has against the scalar one, and all of them against float64.
+ *   cc -std=c11 -O2 -Icsrc tests/levels.c csrc/cpu/[a-z]*.c -lm -o levels && ./levels
+ * Decoding and conversions are compared bit for bit, with flush-to-zero off and on. Sums are compared under bounds: u is
+ * float's unit roundoff, and a sum in which each term passes through m roundings is within m u sum |terms|, to first
+ * order in u; 1 % on top covers the rest. Prints what it did, and a hash of each codebook's 65,536 values for
+ * test_levels.py to compare with the oracle's. Exit status 1 if anything differed. */
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE /* MAP_ANON under -std=c11 */
+#endif
+#include <float.h>
+#include <math.h>
+#include <stdalign.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "cpu/cpu.h"
+#include "cpu/half.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define U (1.01 * 0x1p-24)
+#define BLOCK MM_HADAMARD
+
+static const struct mm_kernels *levels[MM_MAX_CPU_LEVELS];
+static int level_count;
+static long checks, failures;
+
+static const char *const codebook_names[] = {
+#define X(id, name, multiplier, addend, half_rates) name,
+    MM_CODEBOOKS(X)
+#undef X
+};
+static const bool has_half_rates[] = {
+#define X(id, name, multiplier, addend, half_rates) half_rates,
+    MM_CODEBOOKS(X)
+#undef X
+};
+
+static bool rate_exists(int codebook, int rate2) {
+    return rate2 % 2 == 0 || (has_half_rates[codebook] && rate2 <= MM_MAX_HALF_RATE2);
+}
+
+__attribute__((format(printf, 2, 3))) static void check(bool good, const char *format, ...) {
+    checks++;
+    if (good || ++failures > 20) return; /* one cause fails many times */
+    va_list arguments;
+    va_start(arguments, format);
+    printf("FAILED: ");
+    vprintf(format, arguments);
+    printf("\n");
+    va_end(arguments);
+}
+
+/* ---- numbers, memory, modes ---- */
+
+static uint32_t random_bits(void) { /* xorshift64*, one fixed seed: every machine checks the same numbers */
+    static uint64_t state = 88172645463325252u;
+    state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
+    return (uint32_t)(state * 2685821657736338717u >> 32);
+}
+
+static float random_float(float scale) { return ((float)(random_bits() >> 8) * 0x1p-23f - 1.0f) * scale; }
+
+/* Ends where an unmapped page begins: reading past it ends the program. Never freed. */
+static void *guarded(size_t bytes) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), whole = (bytes + page - 1) / page * page;
+    char *memory = mmap(NULL, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory + whole, page, PROT_NONE)) {
+        perror("mmap");
+        exit(2);
+    }
+    return memory + whole - bytes;
+}
+
+static void *zeros(size_t bytes) {
+    void *memory = mm_alloc(bytes);
+    if (!memory) exit(2);
+    return memset(memory, 0, bytes);
+}
+
+static float *random_floats(int64_t count, float scale) {
+    float *values = zeros((size_t)count * sizeof *values);
+    for (int64_t i = 0; i < count; i++) values[i] = random_float(scale);
+    return values;
+}
+
+static uint16_t *random_halves(int64_t count) {
+    uint16_t *values = zeros((size_t)count * sizeof *values);
+    for (int64_t i = 0; i < count; i++) values[i] = mm_half_of_float(random_float(2));
+    return values;
+}
+
+/* The floating-point modes that a process may have set: torch.set_flush_denormal sets the first of each. */
+struct mode {
+    const char *name;
+    uint64_t bits;
+    bool flushes_float;
+};
+#if defined(__x86_64__)
+#define MODE_BITS 0x8040u
+static const struct mode modes[] = {{"FTZ, DAZ", MODE_BITS, true}, {"default mode", 0, false}};
+static void set_mode(const struct mode *mode) { _mm_setcsr((_mm_getcsr() & ~MODE_BITS) | (unsigned)mode->bits); }
+#elif defined(__aarch64__)
+#define FZ (UINT64_C(1) << 24)
+#define FZ16 (UINT64_C(1) << 19) /* reads as zero before Armv8.2's half precision */
+static const struct mode modes[] = {
+    {"FZ", FZ, true}, {"FZ16", FZ16, false}, {"FZ, FZ16", FZ | FZ16, true}, {"default mode", 0, false}};
+static void set_mode(const struct mode *mode) {
+    uint64_t fpcr;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(fpcr)::"memory");
+    fpcr = (fpcr & ~(FZ | FZ16)) | mode->bits;
+    __asm__ volatile("msr fpcr, %0" ::"r"(fpcr) : "memory");
+}
+#else
+static const struct mode modes[] = {{"default mode", 0, false}};
+static void set_mode(const struct mode *mode) { (void)mode; }
+#endif
+#define MODES ((int)(sizeof modes / sizeof *modes)) /* the default comes last, and stays */
+
+static void check_mode(const struct mode *mode) {
+    volatile float small = FLT_MIN;
+    check((small * 0.5f == 0) == mode->flushes_float, "%s did not take effect", mode->name);
+}
+
+/* ---- decoding, bit for bit ---- */
+
+static uint32_t stream_bit(const uint8_t *tile, int p) { /* bit 31 - p % 32 of little-endian word p / 32 */
+    return (uint32_t)tile[(p / 8) ^ 3] >> (7 - p % 8) & 1u;
+}
+
+static void set_stream_bit(uint8_t *tile, int p, uint32_t bit) {
+    uint32_t *byte = &(uint32_t){tile[(p / 8) ^ 3]};
+    *byte = (*byte & ~(1u << (7 - p % 8))) | bit << (7 - p % 8);
+    tile[(p / 8) ^ 3] = (uint8_t)*byte;
+}
+
+static uint32_t state_at(const uint8_t *tile, int rate2, int t) {
+    int bits = MM_TILE_BYTES(rate2) * 8, end = (t + 1) * rate2 >> 1;
+    uint32_t state = 0;
+    for (int p = end - MM_WINDOW_BITS; p < end; p++) state = state << 1 | stream_bit(tile, (p + bits) % bits);
+    return state;
+}
+
+/* Tiles in which every state occurs: windows that do not overlap are given the next states in turn, starting at another
+ * position in every tile; a whole number of blocks. */
+static struct mm_weight all_states(int rate2) {
+    int step = (2 * MM_WINDOW_BITS + rate2 - 1) / rate2, per_tile = MM_TILE_WEIGHTS / step;
+    int64_t tiles = ((1 << MM_WINDOW_BITS) + per_tile - 1) / per_tile, tile_bytes = MM_TILE_BYTES(rate2);
+    tiles = (tiles + 63) / 64 * 64;
+    uint8_t *data = guarded((size_t)(tiles * tile_bytes));
+    for (int64_t i = 0; i < tiles * tile_bytes; i++) data[i] = (uint8_t)random_bits();
+    uint32_t state = 0;
+    for (int64_t tile = 0; tile < tiles; tile++)
+        for (int i = 0; i < per_tile; i++, state++) {
+            int t = (int)((tile * 7 + i * step) % MM_TILE_WEIGHTS), bits = (int)tile_bytes * 8;
+            int start = ((t + 1) * rate2 >> 1) - MM_WINDOW_BITS + bits;
+            for (int b = 0; b < MM_WINDOW_BITS; b++)
+                set_stream_bit(data + tile * tile_bytes, (start + b) % bits, state >> (15 - b) & 1u);
+        }
+    return (struct mm_weight){.tiles = data, .k = tiles / 64 * BLOCK, .n = BLOCK, .rate2 = rate2};
+}
+
+/* Every weight of `weight` in [tile, position] order, as one level decodes it. */
+static void decode(float *out, const struct mm_kernels *level, const struct mm_weight *weight) {
+    static alignas(64) float block[BLOCK * BLOCK]; /* as mm_alloc gives it to the drivers */
+    for (int64_t k = 0; k < weight->k / BLOCK; k++) {
+        level->dequantize(block, weight, k, 0, true);
+        for (int tile = 0; tile < 64; tile++)
+            for (int t = 0; t < MM_TILE_WEIGHTS; t++)
+                *out++ = block[(tile / 8 * 16 + MM_TILE_ROW(t)) * BLOCK + tile % 8 * 16 + MM_TILE_COLUMN(t)];
+    }
+}
+
+static void check_decode_rate(int rate2, float values[MM_CODEBOOK_COUNT][1 << MM_WINDOW_BITS]) {
+    struct mm_weight weight = all_states(rate2);
+    int64_t count = weight.k * weight.n, visited = 0;
+    uint32_t *states = zeros((size_t)count * sizeof *states);
+    float *want = zeros((size_t)count * sizeof *want), *got = zeros((size_t)count * sizeof *got);
+    bool *seen = zeros(1 << MM_WINDOW_BITS);
+    for (int64_t i = 0; i < count; i++) {
+        states[i] = state_at(weight.tiles + i / 256 * MM_TILE_BYTES(rate2), rate2, (int)(i % 256));
+        visited += !seen[states[i]];
+        seen[states[i]] = true;
+    }
+    check(visited == 1 << MM_WINDOW_BITS, "rate2 %d: the tiles hold %lld states", rate2, (long long)visited);
+    for (weight.codebook = 0; weight.codebook < MM_CODEBOOK_COUNT; weight.codebook++) {
+        if (!rate_exists(weight.codebook, rate2)) continue;
+        for (int m = 0; m < MODES; m++) {
+            set_mode(&modes[m]);
+            for (int l = 0; l < level_count; l++) {
+                decode(l ? got : want, levels[l], &weight);
+                const char *names[] = {levels[l]->name, modes[m].name, codebook_names[weight.codebook]};
+                float *value = values[weight.codebook], *out = l ? got : want;
+                int64_t i = 0;
+                if (m == 0 && l == 0) /* whatever rate and position a state has, its value is the same */
+                    for (int64_t j = 0; j < count; j++)
+                        if (isnan(value[states[j]])) value[states[j]] = out[j];
+                while (i < count && mm_bits_of_float(out[i]) == mm_bits_of_float(value[states[i]])) i++;
+                check(i == count, "%s, %s: %s, rate2 %d, tile %lld, position %lld: %a, expected %a", names[0], names[1],
+                      names[2], rate2, (long long)(i / 256), (long long)(i % 256), (double)out[i % count],
+                      (double)value[states[i % count]]);
+            }
+        }
+    }
+    mm_free(states), mm_free(want), mm_free(got), mm_free(seen);
+}
+
+static void check_decode(void) {
+    static float values[MM_CODEBOOK_COUNT][1 << MM_WINDOW_BITS];
+    for (int codebook = 0; codebook < MM_CODEBOOK_COUNT; codebook++)
+        for (int state = 0; state < 1 << MM_WINDOW_BITS; state++) values[codebook][state] = NAN;
+    for (int rate2 = MM_MIN_RATE2; rate2 <= MM_MAX_RATE2; rate2++)
+        if (rate_exists(MM_CODEBOOK_MUL1, rate2)) check_decode_rate(rate2, values);
+    for (int codebook = 0; codebook < MM_CODEBOOK_COUNT; codebook++) {
+        uint32_t hash = 2166136261u; /* FNV-1a over the values' binary16 bytes, in the order of the states */
+        for (int state = 0; state < 1 << MM_WINDOW_BITS; state++) {
+            uint16_t half = mm_half_of_float(values[codebook][state]);
+            check(mm_float_of_half(half) == values[codebook][state], "%s: state %d is no binary16 number",
+                  codebook_names[codebook], state);
+            hash = (hash ^ (half & 255u)) * 16777619u;
+            hash = (hash ^ half >> 8) * 16777619u;
+        }
+        printf("codebook %s %08x\n", codebook_names[codebook], hash);
+    }
+}
+
+/* ---- conversions, bit for bit with cpu/half.h ---- */
+
+static void check_load(const struct mm_kernels *level, const char *mode) {
+    enum { COUNT = 1 << 16 };
+    static uint16_t strided[3 * COUNT];
+    uint16_t *in = guarded(COUNT * sizeof *in);
+    static float out[COUNT];
+    for (int i = 0; i < COUNT; i++) in[i] = strided[3 * i] = (uint16_t)i;
+    for (int type = MM_FLOAT16; type <= MM_BFLOAT16; type++)
+        for (int stride = 1; stride <= 3; stride += 2) {
+            level->load(out, stride == 1 ? in : strided, (enum mm_float)type, stride, COUNT);
+            for (int i = 0; i < COUNT; i++) {
+                uint16_t half = (uint16_t)i;
+                float want = type == MM_FLOAT16 ? mm_float_of_half(half) : mm_float_of_bfloat16(half);
+                check(mm_bits_of_float(out[i]) == mm_bits_of_float(want), "%s, %s: load of 0x%04x, type %d: 0x%08x",
+                      level->name, mode, half, type, mm_bits_of_float(out[i]));
+            }
+        }
+    for (int count = 0; count < 20; count++) { /* rows that no vector divides, up to the last byte of the mapping */
+        out[count] = 1234;
+        level->load(out, in + COUNT - count, MM_FLOAT16, 1, count);
+        check(out[count] == 1234, "%s: load of %d wrote beyond its end", level->name, count);
+        for (int i = 0; i < count; i++)
+            check(mm_bits_of_float(out[i]) == mm_bits_of_float(mm_float_of_half(in[COUNT - count + i])),
+                  "%s: load of %d, element %d", level->name, count, i);
+    }
+}
+
+/* Each binary16 number, its neighbours in float, the middle between it and the next, and that one's neighbours; around
+ * every power of two of float; random floats. */
+static int64_t store_inputs(float **inputs) {
+    int64_t count = 0, size = 6 * 65536 + 3 * 65536 + (1 << 20);
+    float *in = zeros((size_t)size * sizeof *in);
+    for (uint32_t half = 0; half < 65536; half++) {
+        uint32_t bits = mm_bits_of_float(mm_float_of_half((uint16_t)half));
+        uint32_t middle = ((half & 0x7FFFu) < 0x400u ? mm_bits_of_float(mm_float_of_half((uint16_t)half) + /* even below */
+                                                                        (half & 0x8000u ? -0x1p-25f : 0x1p-25f))
+                                                     : bits + 0x1000u);
+        for (int step = -1; step <= 1; step++) {
+            in[count++] = mm_float_of_bits(bits + (uint32_t)step);
+            in[count++] = mm_float_of_bits(middle + (uint32_t)step);
+        }
+    }
+    for (uint32_t high = 0; high < 65536; high++) /* every sign, exponent and 7 bits; float subnormals and NaNs too */
+        for (int step = -1; step <= 1; step++) in[count++] = mm_float_of_bits((high << 16) + (uint32_t)step);
+    while (count < size) in[count++] = mm_float_of_bits(random_bits());
+    *inputs = in;
+    return count;
+}
+
+static void check_store(const struct mm_kernels *level, const char *mode, const float *in, int64_t count) {
+    uint16_t *out = zeros((size_t)count * sizeof *out);
+    for (int type = MM_FLOAT16; type <= MM_BFLOAT16; type++) {
+        level->store(out, in, (enum mm_float)type, count);
+        for (int64_t i = 0; i < count; i++) {
+            uint16_t want = type == MM_FLOAT16 ? mm_half_of_float(in[i]) : mm_bfloat16_of_float(in[i]);
+            check(out[i] == want, "%s, %s: store of 0x%08x, type %d: 0x%04x, expected 0x%04x", level->name, mode,
+                  mm_bits_of_float(in[i]), type, out[i], want);
+        }
+    }
+    mm_free(out);
+    for (int tail = 0; tail < 20; tail++) {
+        uint16_t *row = (uint16_t *)guarded(64) + 32 - tail;
+        level->store(row, in, MM_FLOAT16, tail);
+        for (int i = 0; i < tail; i++)
+            check(row[i] == mm_half_of_float(in[i]), "%s: store of %d, element %d", level->name, tail, i);
+    }
+}
+
+static void check_conversions(void) {
+    float *in;
+    int64_t count = store_inputs(&in);
+    for (int m = 0; m < MODES; m++) {
+        set_mode(&modes[m]);
+        for (int l = 0; l < level_count; l++) check_load(levels[l], modes[m].name);
+        for (int l = 0; l < level_count; l++) check_store(levels[l], modes[m].name, in, count);
+    }
+    mm_free(in);
+}
+
+/* ---- sums, against float64 ---- */
+
+static void check_close(const char *level, const char *what, int64_t index, double got, double want, double bound) {
+    check(fabs(got - want) <= bound, "%s: %s, element %lld: %.9g, expected %.9g +- %.3g", level, what, (long long)index,
+          got, want, bound);
+}
+
+/* sum[i] = H in over sqrt(128), absolute[i] = the same with every term's absolute value: what bounds are made of */
+static void hadamard(double *sum, double *absolute, const double *in) {
+    double total = 0;
+    for (int j = 0; j < BLOCK; j++) total += fabs(in[j]);
+    for (int i = 0; i < BLOCK; i++) {
+        sum[i] = 0;
+        for (int j = 0; j < BLOCK; j++) {
+            int sign = i & j;
+            sign ^= sign >> 4, sign ^= sign >> 2, sign ^= sign >> 1;
+            sum[i] += sign & 1 ? -in[j] : in[j];
+        }
+        sum[i] *= (double)MM_HADAMARD_SCALE;
+        absolute[i] = total * (double)MM_HADAMARD_SCALE;
+    }
+}
+#define HADAMARD_ROUNDINGS 12 /* 7 additions, the scale, 4 butterflies (kernels.h, hadamard128) */
+
+static void check_rotations(void) {
+    enum { WIDTH = 3 * BLOCK, USED = WIDTH - 37, ROWS = 3 };
+    float *x = random_floats(WIDTH, 5), *y = random_floats(ROWS * BLOCK, 5), *out = zeros(4 * WIDTH * sizeof *out);
+    uint16_t *scale = random_halves(WIDTH), *bias = random_halves(BLOCK);
+    for (int i = USED; i < WIDTH; i++) x[i] = NAN, scale[i] = 0x7C00; /* padding, whatever it holds */
+    for (int l = 0; l < level_count; l++) {
+        const struct mm_kernels *level = levels[l];
+        for (int spread = 0; spread < 2; spread++) {
+            if (spread)
+                level->rotate_grad(out, x, scale, WIDTH, USED);
+            else
+                level->rotate_in(out, x, scale, WIDTH, USED);
+            for (int first = 0; first < WIDTH; first += BLOCK) {
+                double in[BLOCK], sum[BLOCK], absolute[BLOCK];
+                for (int i = 0; i < BLOCK; i++)
+                    in[i] = first + i < USED ? (double)x[first + i] * (double)mm_float_of_half(scale[first + i]) : 0;
+                hadamard(sum, absolute, in);
+                for (int t = 0; t < BLOCK / 16 * MM_TILE_WEIGHTS; t++) { /* position t reads row and writes column */
+                    int tile = t / MM_TILE_WEIGHTS, p = t % MM_TILE_WEIGHTS;
+                    int i = 16 * tile + (spread ? MM_TILE_COLUMN(p) : MM_TILE_ROW(p));
+                    int at = spread ? 64 * tile + p / 32 * 8 + p % 8 : 32 * tile + p % 32;
+                    check_close(level->name, spread ? "rotate_grad" : "rotate_in", first + i,
+                                (double)out[(spread ? 4 : 2) * first + at], sum[i],
+                                (HADAMARD_ROUNDINGS + 1) * U * absolute[i]);
+                }
+            }
+        }
+        for (int biased = 0; biased < 2; biased++) {
+            memcpy(out, y, ROWS * BLOCK * sizeof *out);
+            level->rotate_out(out, ROWS, scale, biased ? bias : NULL);
+            for (int r = 0; r < ROWS; r++) {
+                double in[BLOCK], sum[BLOCK], absolute[BLOCK];
+                for (int i = 0; i < BLOCK; i++) in[i] = (double)y[r * BLOCK + i];
+                hadamard(sum, absolute, in);
+                for (int i = 0; i < BLOCK; i++) {
+                    double s = (double)mm_float_of_half(scale[i]), b = biased ? (double)mm_float_of_half(bias[i]) : 0;
+                    check_close(level->name, "rotate_out", r * BLOCK + i, (double)out[r * BLOCK + i], sum[i] * s + b,
+                                (HADAMARD_ROUNDINGS + 2) * U * (absolute[i] * fabs(s) + fabs(b)));
+                }
+            }
+        }
+    }
+    mm_free(x), mm_free(y), mm_free(out), mm_free(scale), mm_free(bias);
+}
+
+static struct mm_weight random_weight(int codebook, int rate2, int64_t k, int64_t n) {
+    size_t bytes = (size_t)(k * n * rate2 / 16);
+    uint8_t *tiles = guarded(bytes);
+    for (size_t i = 0; i < bytes; i++) tiles[i] = (uint8_t)random_bits();
+    return (struct mm_weight){.tiles = tiles, .k = k, .n = n, .rate2 = rate2, .codebook = codebook,
+                              .suh = random_halves(k), .svh = random_halves(n), .bias = random_halves(n)};
+}
+
+/* out [k, n]: the codebook's values, as the scalar level decodes them */
+static float *dense(const struct mm_weight *weight) {
+    static alignas(64) float block[BLOCK * BLOCK];
+    float *out = zeros((size_t)(weight->k * weight->n) * sizeof *out);
+    for (int64_t k = 0; k < weight->k; k += BLOCK)
+        for (int64_t n = 0; n < weight->n; n += BLOCK) {
+            levels[0]->dequantize(block, weight, k / BLOCK, n / BLOCK, true);
+            for (int64_t i = 0; i < BLOCK; i++)
+                memcpy(out + (k + i) * weight->n + n, block + i * BLOCK, BLOCK * sizeof *out);
+        }
+    return out;
+}
+
+static void check_products(int codebook, int rate2) {
+    enum { K = 384, N = 256, ROWS = MM_ROW_BLOCK };
+    static const int counts[] = {1, 2, 3, 4, 5, 6, 7, ROWS};
+    static double want[ROWS * BLOCK], absolute[ROWS * BLOCK];
+    struct mm_weight weight = random_weight(codebook, rate2, K, N);
+    float *w = dense(&weight), *scratch = zeros(MM_MULTIPLY_SCRATCH * sizeof *scratch);
+    float *x = random_floats(ROWS * K, 3), *grad = random_floats(ROWS * N, 3), *y = zeros(ROWS * BLOCK * sizeof *y);
+    float *tiled = zeros(2 * ROWS * K * sizeof *tiled), *spread = zeros(4 * ROWS * N * sizeof *spread);
+    for (int r = 0; r < ROWS; r++) {
+        for (int i = 0; i < 2 * K; i++) tiled[r * 2 * K + i] = x[r * K + i / 32 * 16 + MM_TILE_ROW(i % 32)];
+        for (int i = 0; i < 4 * N; i++) {
+            int p = i % 64 / 8 * 32 + i % 8; /* a position whose column the value multiplies */
+            spread[r * 4 * N + i] = grad[r * N + i / 64 * 16 + MM_TILE_COLUMN(p)];
+        }
+    }
+    for (int transposed = 0; transposed < 2; transposed++) {
+        int block = transposed ? 2 : 1, terms = transposed ? N : K;
+        for (int r = 0; r < ROWS; r++)
+            for (int i = 0; i < BLOCK; i++) {
+                double sum = 0, total = 0;
+                for (int j = 0; j < terms; j++) {
+                    double term = transposed ? (double)w[(block * BLOCK + i) * N + j] * (double)grad[r * N + j]
+                                             : (double)w[j * N + block * BLOCK + i] * (double)x[r * K + j];
+                    sum += term, total += fabs(term);
+                }
+                want[r * BLOCK + i] = sum, absolute[r * BLOCK + i] = total;
+            }
+        /* 4 sums run side by side over the inputs, 2 over the outputs; the product, then joining them */
+        int roundings = transposed ? N / 2 + 2 : K / 4 + 3;
+        for (int l = 0; l < level_count; l++)
+            for (int c = 0; c < (int)(sizeof counts / sizeof *counts); c++) {
+                memset(y, 0xFF, ROWS * BLOCK * sizeof *y);
+                if (transposed)
+                    levels[l]->multiply_transposed(y, &weight, block, spread, counts[c], scratch);
+                else
+                    levels[l]->multiply(y, &weight, block, tiled, counts[c], scratch);
+                for (int i = 0; i < counts[c] * BLOCK; i++)
+                    check_close(levels[l]->name, transposed ? "multiply_transposed" : "multiply", i, (double)y[i],
+                                want[i], roundings * U * absolute[i]);
+            }
+    }
+    mm_free(w), mm_free(scratch), mm_free(x), mm_free(grad), mm_free(y), mm_free(tiled), mm_free(spread);
+}
+
+/* W of one block = diag(suh) H What H diag(svh); rows are transformed first, as in kernels.h */
+static void check_dequantize(int codebook, int rate2) {
+    static double half_way[BLOCK][BLOCK], absolute[BLOCK];
+    static alignas(64) float out[BLOCK * BLOCK];
+    struct mm_weight weight = random_weight(codebook, rate2, BLOCK, BLOCK);
+    float *w = dense(&weight);
+    double total = 0;
+    for (int i = 0; i < BLOCK; i++) {
+        double row[BLOCK];
+        for (int j = 0; j < BLOCK; j++) row[j] = (double)w[i * BLOCK + j], total += fabs(row[j]);
+        hadamard(half_way[i], absolute, row);
+    }
+    total *= (double)MM_HADAMARD_SCALE * (double)MM_HADAMARD_SCALE;
+    for (int l = 0; l < level_count; l++) {
+        levels[l]->dequantize(out, &weight, 0, 0, false);
+        for (int j = 0; j < BLOCK; j++) {
+            double column[BLOCK], want[BLOCK];
+            for (int i = 0; i < BLOCK; i++) column[i] = half_way[i][j];
+            hadamard(want, absolute, column);
+            for (int i = 0; i < BLOCK; i++) {
+                double scale = (double)mm_float_of_half(weight.suh[i]) * (double)mm_float_of_half(weight.svh[j]);
+                check_close(levels[l]->name, "dequantize", i * BLOCK + j, (double)out[i * BLOCK + j], want[i] * scale,
+                            (HADAMARD_ROUNDINGS + 7 + 3) * U * total * fabs(scale)); /* 7 butterflies, 3 products */
+            }
+        }
+    }
+    mm_free(w);
+}
+
+/* act = g s(z) u', s the logistic function, z and u' with relative errors of z_error and 1 u: s(z) is off by
+ * (1 - s) (|z| z_error + 4) u for the exponential's 2 ulp, and 3 more roundings follow. Below 1e-35, exp has over- or
+ * underflowed. gelu's erf is the C library's: 1 + erf is off by less than 4 u, however small it is. */
+static void check_activations(void) {
+    enum { COUNT = 4096 };
+    static float g[COUNT], up[COUNT], act[COUNT];
+    const float alpha = 1.702f, limit = 7.0f;
+    static const float special[] = {0.0f, -0.0f, 1e-30f, -1e-30f, 87.4f, -87.4f, 88.5f, -88.5f, 1e4f, -1e4f, 7.0f, -7.0f};
+    for (int i = 0; i < COUNT; i++) {
+        g[i] = i < 12 ? special[i] : random_float(i % 2 ? 8 : 100);
+        up[i] = random_float(i % 3 ? 9 : 0.01f);
+    }
+    for (int l = 0; l < level_count; l++)
+        for (int kind = 0; kind < MM_ACTIVATION_COUNT; kind++) {
+            levels[l]->activate(act, g, up, COUNT, (enum mm_activation)kind, alpha, limit);
+            for (int i = 0; i < COUNT; i++) {
+                double gi = (double)g[i], ui = (double)up[i], z = gi, z_error = 0;
+                if (kind == MM_ACTIVATION_GELU) {
+                    double phi = 0.5 * (1 + erf(gi * sqrt(0.5)));
+                    check_close(levels[l]->name, "activate, gelu", i, (double)act[i], gi * phi * ui,
+                                U * fabs(gi * ui) * (4 + 4 * phi));
+                    continue;
+                }
+                if (kind == MM_ACTIVATION_GELU_TANH) z = 1.5957691216057308 * (gi + 0.044715 * gi * gi * gi), z_error = 8;
+                if (kind == MM_ACTIVATION_SWIGLU_OAI) {
+                    gi = fmin(gi, (double)limit), ui = fmin(fmax(ui, -(double)limit), (double)limit) + 1;
+                    z = (double)alpha * gi, z_error = 1;
+                }
+                double s = 1 / (1 + exp(-z)), want = gi * s * ui;
+                double u_error = kind == MM_ACTIVATION_SWIGLU_OAI; /* u + 1 is rounded once */
+                check_close(levels[l]->name, "activate", i, (double)act[i], want,
+                            U * fabs(want) * ((1 - s) * (fabs(z) * z_error + 4) + 3 + u_error) + 1e-35 * (1 + fabs(ui)));
+            }
+            float nan8[8], one8[8], out8[8];
+            for (int i = 0; i < 8; i++) nan8[i] = i == 3 ? NAN : 1.0f, one8[i] = 1.0f;
+            levels[l]->activate(out8, nan8, one8, 8, (enum mm_activation)kind, alpha, limit);
+            for (int i = 0; i < 8; i++)
+                check(isnan(out8[i]) == (i == 3), "%s: activation %d, a NaN in element 3, element %d is %g",
+                      levels[l]->name, kind, i, (double)out8[i]);
+        }
+}
+
+static void check_dot(void) {
+    enum { MOST = 200 };
+    for (int count = 0; count <= MOST; count++) {
+        float *a = guarded((size_t)count * sizeof *a), *b = guarded((size_t)count * sizeof *b);
+        double want = 0, absolute = 0;
+        for (int i = 0; i < count; i++) {
+            a[i] = random_float(2), b[i] = random_float(2);
+            want += (double)a[i] * (double)b[i], absolute += fabs((double)a[i] * (double)b[i]);
+        }
+        for (int l = 0; l < level_count; l++) /* count / 32 or 31 additions in a row, 6 to join them, the product */
+            check_close(levels[l]->name, "dot", count, (double)levels[l]->dot(a, b, count), want,
+                        (count / 32 + 31 + 7) * U * absolute);
+    }
+}
+
+/* ---- one driver: rows cut into blocks, padding, threads ---- */
+
+static int serial_count(void) { return 1; }
+
+static void serial_run(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void *), void *context) {
+    (void)grain;
+    body(begin, end, context);
+}
+
+static void check_linear(int codebook, int rate2) {
+    enum { K = 256, N = 256, IN = 200, OUT = 180, ROWS = MM_ROW_BLOCK + 6 };
+    struct mm_weight weight = random_weight(codebook, rate2, K, N);
+    float *w = dense(&weight), *x = random_floats(ROWS * IN, 1), *y = zeros(ROWS * OUT * sizeof *y);
+    const int64_t sizes[] = {ROWS}, strides[] = {IN};
+    struct mm_rows rows = {x, MM_FLOAT32, ROWS, IN, 1, 1, sizes, strides};
+    for (int l = 0; l < level_count; l++) {
+        mm_cpu = levels[l];
+        check(mm_cpu_linear(&rows, &weight, OUT, y), "%s: mm_cpu_linear ran out of memory", mm_cpu->name);
+        for (int r = 0; r < ROWS; r += 23) {
+            double h[K], h_error[K];
+            for (int k = 0; k < K; k += BLOCK) {
+                double in[BLOCK], absolute[BLOCK];
+                for (int i = 0; i < BLOCK; i++)
+                    in[i] = k + i < IN ? (double)x[r * IN + k + i] * (double)mm_float_of_half(weight.suh[k + i]) : 0;
+                hadamard(h + k, absolute, in);
+                for (int i = 0; i < BLOCK; i++) h_error[k + i] = (HADAMARD_ROUNDINGS + 1) * U * absolute[i];
+            }
+            for (int n = 0; n < N; n += BLOCK) {
+                double p[BLOCK], sum[BLOCK], absolute[BLOCK], p_error = 0;
+                for (int i = 0; i < BLOCK; i++) {
+                    double error = p[i] = 0;
+                    for (int k = 0; k < K; k++) {
+                        double value = (double)w[k * N + n + i];
+                        p[i] += value * h[k];
+                        error += fabs(value) * (h_error[k] + (K / 4 + 3) * U * fabs(h[k]));
+                    }
+                    p_error += error * (double)MM_HADAMARD_SCALE;
+                }
+                hadamard(sum, absolute, p);
+                for (int i = 0; i < BLOCK && n + i < OUT; i++) {
+                    double scale = (double)mm_float_of_half(weight.svh[n + i]);
+                    double bias = (double)mm_float_of_half(weight.bias[n + i]);
+                    double bound = p_error + (HADAMARD_ROUNDINGS + 2) * U * (absolute[i] + p_error);
+                    check_close(mm_cpu->name, "mm_cpu_linear", r * OUT + n + i, (double)y[r * OUT + n + i],
+                                sum[i] * scale + bias, bound * fabs(scale) + 2 * U * fabs(bias));
+                }
+            }
+        }
+    }
+    mm_free(w), mm_free(x), mm_free(y);
+}
+
+static void report(const char *what) {
+    static long before;
+    printf("%s: %ld checks\n", what, checks - before);
+    fflush(stdout);
+    before = checks;
+}
+
+int main(void) {
+    mm_threads = (struct mm_threads){serial_count, serial_run};
+    level_count = mm_cpu_levels(levels);
+    printf("levels:");
+    for (int l = 0; l < level_count; l++) printf(" %s", levels[l]->name);
+    printf("\n");
+    for (int m = 0; m < MODES; m++) { /* tables must come out the same in every mode; the last one made is used */
+        set_mode(&modes[m]);
+        check_mode(&modes[m]);
+        if (m == 0)
+            for (int l = 0; l < level_count; l++) levels[l]->prepare();
+    }
+    check_decode();
+    report("decode, every codebook, rate, state and mode");
+    check_conversions();
+    report("conversions in every mode");
+    check_rotations();
+    for (int codebook = 0; codebook < MM_CODEBOOK_COUNT; codebook++)
+        for (int rate2 = MM_MIN_RATE2; rate2 <= MM_MAX_RATE2; rate2++)
+            if (rate_exists(codebook, rate2)) check_products(codebook, rate2);
+    for (int codebook = 0; codebook < MM_CODEBOOK_COUNT; codebook++) check_dequantize(codebook, 6);
+    check_activations();
+    check_dot();
+    report("rotations, products, activations");
+    for (int codebook = 0; codebook < MM_CODEBOOK_COUNT; codebook++) check_linear(codebook, 4);
+    report("trellis_linear's driver");
+    printf("%ld checks, %ld failed\n", checks, failures);
+    return failures != 0;
+}

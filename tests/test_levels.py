@@ -1,0 +1,98 @@
+"""The CPU's SIMD levels as a C program of their own (levels.c): for this machine, with and without sanitizers, and for
+arm64 under qemu-user, so that the NEON level is run on any Linux machine.
+
+qemu shows what the instructions compute, not how fast they are. `-cpu max` has every extension, a Cortex-A72 only the
+first arm64's: code that needs more would end there with an illegal instruction.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference as ref
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [ROOT / "tests" / "levels.c", *sorted((ROOT / "csrc" / "cpu").glob("*.c"))]
+# As setup.py compiles them, but with the assertions.
+FLAGS = ["-std=c11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-UNDEBUG", f"-I{ROOT / 'csrc'}"]
+# Leaks are the test's own: it never frees its guarded memory. The suite itself may run under sanitizers.
+SANITIZER_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": ""}
+
+
+def built(compiler: list[str], program: Path, *flags: str) -> Path:
+    command = [*compiler, *FLAGS, *flags, *map(str, SOURCES), "-lm", "-o", str(program)]
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+    return program
+
+
+def native_compiler() -> list[str]:
+    configured = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
+    for command in (shlex.split(configured), ["cc"], ["gcc"], ["clang"]):
+        if shutil.which(command[0]):
+            return command
+    pytest.skip("no C compiler")
+
+
+def hashed(values: np.ndarray) -> str:
+    """FNV-1a of a codebook's values, as levels.c prints it."""
+    hash_ = 2166136261
+    for byte in values.astype("<f2").tobytes():
+        hash_ = (hash_ ^ byte) * 16777619 & 0xFFFFFFFF
+    return f"{hash_:08x}"
+
+
+def check(*command: str | Path) -> list[str]:
+    """Runs the program; returns the levels that it found. Codebooks are compared with the oracle's."""
+    done = subprocess.run(list(map(str, command)), text=True, capture_output=True, env=os.environ | SANITIZER_OPTIONS)
+    print(done.stdout, done.stderr, sep="\n")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[-1][2:] == ["0", "failed"]
+    for name in ref.CODEBOOKS:
+        assert ["codebook", name, hashed(ref.codebook(name))] in lines
+    return lines[0][1:]
+
+
+@pytest.mark.parametrize("sanitized", [False, True], ids=["plain", "sanitized"])
+def test_native(tmp_path: Path, sanitized: bool) -> None:
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"] if sanitized else []
+    compiler = native_compiler()
+    if sanitized:
+        empty = tmp_path / "empty.c"
+        empty.write_text("int main(void) { return 0; }\n")
+        probe = [*compiler, *flags, str(empty), "-o", str(tmp_path / "empty")]
+        if subprocess.run(probe, capture_output=True).returncode:
+            pytest.skip(f"{compiler[0]} has no sanitizers here")
+    levels = check(built(compiler, tmp_path / "levels", *flags))
+    assert levels[0] == "scalar"
+    if platform.machine() in ("arm64", "aarch64"):
+        assert levels == ["scalar", "neon"]
+
+
+@pytest.fixture(scope="module")
+def arm64_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statically linked, so that qemu needs no arm64 libraries. zig's first build for a target takes a minute more."""
+    if importlib.util.find_spec("ziglang") is None:
+        pytest.skip("ziglang is not installed (pip install ziglang): nothing here compiles for arm64")
+    zig = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl", "-static"]
+    return built(zig, tmp_path_factory.mktemp("arm64") / "levels")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpu", ["max", "cortex-a72"])
+def test_arm64(cpu: str, request: pytest.FixtureRequest) -> None:
+    qemu = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if qemu is None:
+        pytest.skip("qemu-aarch64 is not installed (Debian's package qemu-user)")
+    assert check(qemu, "-cpu", cpu, request.getfixturevalue("arm64_program")) == ["scalar", "neon"]
