@@ -30,19 +30,21 @@ ZIG = [str(Path(folder) / "zig") for folder in (_FOUND.submodule_search_location
 CPU = "x86-64-v3"  # half precision conversions in hardware
 CPU_FEATURES = ("avx2", "f16c", "fma")
 RUNTIME_FLAGS = shlex.split(
-    "-std=c11 -O2 -g1 -fPIC -shared -fvisibility=hidden -fno-sanitize=all -fno-stack-protector -target x86_64-linux-gnu.2.28 "
-    "-mcpu=x86_64_v3 -Wl,-soname,libmetal_emulator.so"
+    "-std=c11 -O2 -g1 -fPIC -shared -fvisibility=hidden -fno-sanitize=all -fno-stack-protector "
+    "-target x86_64-linux-gnu.2.28 -mcpu=x86_64_v3 -Wl,-soname,libmetal_emulator.so"
 )
 KERNEL_FLAGS = shlex.split(
-    f"-x c++ -std=c++17 -fPIC -gline-tables-only -gdwarf-4 -fno-exceptions -fno-rtti -nostdinc -nostdinc++ -march={CPU} "
-    "-fvisibility=hidden -ffp-contract=off -Xclang -ffloat16-excess-precision=none -fno-math-errno -fno-threadsafe-statics "
+    "-x c++ -std=c++17 -fPIC -gline-tables-only -gdwarf-4 -fno-exceptions -fno-rtti -nostdinc -nostdinc++ "
+    f"-march={CPU} -fvisibility=hidden -ffp-contract=off -Xclang -ffloat16-excess-precision=none -fno-math-errno "
+    "-fno-threadsafe-statics "
     "-fno-stack-protector -fstack-clash-protection -ftemplate-depth=2000 -fconstexpr-steps=10000000 "
     "-Wno-everything -fno-caret-diagnostics -ferror-limit=20"
 )
 # The instrumentation alone: access.c has the functions that it calls.
 CHECK_FLAGS = shlex.split(
     "-DEMU_CHECKED -fsanitize=thread,alignment,array-bounds,shift-exponent,integer-divide-by-zero "
-    "-mllvm -tsan-instrument-func-entry-exit=0 -mllvm -tsan-instrument-atomics=0 -mllvm -tsan-compound-read-before-write=1"
+    "-mllvm -tsan-instrument-func-entry-exit=0 -mllvm -tsan-instrument-atomics=0 "
+    "-mllvm -tsan-compound-read-before-write=1"
 )
 
 
