@@ -726,11 +726,12 @@ def test_traffic_tells_loads_from_distinct_bytes() -> None:
 }"""  # fmt: skip
     x, y, n = torch.ones(64), torch.zeros(64), torch.zeros(1, dtype=INT32)
     Library(text).run("k", [x, x, y, n], 64, 32)
-    counted = {t.buffer: t[3:] for t in emulator.traffic()}
+    counted = {t.buffer: t[3:8] for t in emulator.traffic()}
     assert counted[0] == (256, 64 * 256, 256, 0, 0)
     assert counted[1] == (256, 256, 256, 0, 0)
     assert counted[2] == (256, 256, 256, 256, 256)
     assert counted[3] == (4, 256, 4, 256, 4)
+    assert [t.loaded_by_groups for t in emulator.traffic()] == [512, 256, 256, 8]  # two threadgroups
     assert int(n) == 64
     assert float(y[5]) == 65
     emulator.reset()

@@ -1,8 +1,8 @@
 """What the Metal kernels read of the packed weights, counted load by load in the emulator.
 
-Two counts: the bytes that are read at all, and the bytes of every load of every lane. A lane of a decode kernel also
-loads the halfword before its own, from the cache line that its neighbour loads: 1 / bits more, whatever the number of
-tokens. Prefill kernels load each byte once a tile of rows.
+Two counts: the bytes that threadgroups read, each byte once a threadgroup, and the bytes of every load of every lane. A
+lane of a decode kernel also loads the halfword before its own, from the cache line that its neighbour loads: 1 / bits
+more, whatever the number of tokens. Prefill kernels load each byte once a tile of rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def make_experts(bits: int, codebook: str) -> TrellisExperts:
 
 
 def loads(emulated, experts: TrellisExperts, ids: torch.Tensor) -> tuple[int, int]:
-    """(bytes of packed weights that are read at all, bytes of all loads of them) in one call."""
+    """(bytes of packed weights that threadgroups read, each byte once a threadgroup; bytes of all loads) of a call."""
     x, weights = torch.ones(len(ids), HIDDEN), torch.ones(ids.shape)
     with emulated.configured(check=True, races=False):
         emulated.reset()
@@ -41,7 +41,7 @@ def loads(emulated, experts: TrellisExperts, ids: torch.Tensor) -> tuple[int, in
     slots = {"moe_gate_up": (GATE, UP), "moe_down": (DOWN,)}
     packed = [r for r in records for kernel, own in slots.items() if r.kernel.startswith(kernel) and r.buffer in own]
     assert len(packed) == 3
-    return sum(r.loaded_distinct for r in packed), sum(r.loaded for r in packed)
+    return sum(r.loaded_by_groups for r in packed), sum(r.loaded for r in packed)
 
 
 def bytes_of(bits: int, experts: int) -> int:
@@ -54,13 +54,13 @@ def test_decode_reads_each_chosen_expert_once(emulated, bits: int, codebook: str
     experts = make_experts(bits, codebook)
     for tokens in (1, 3, 8):
         ids = torch.tensor([[1, 4]] * tokens)
-        distinct, all_loads = loads(emulated, experts, ids)
-        assert distinct == bytes_of(bits, 2)
-        assert all_loads == distinct + distinct // bits  # the halfword before: 2 bytes for each 2 * bits bytes
+        by_groups, all_loads = loads(emulated, experts, ids)
+        assert by_groups == bytes_of(bits, 2)
+        assert all_loads == by_groups + by_groups // bits  # the halfword before: 2 bytes for each 2 * bits bytes
     ids = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]])
-    distinct, all_loads = loads(emulated, experts, ids)
-    assert distinct == bytes_of(bits, 4)
-    assert all_loads == distinct + distinct // bits
+    by_groups, all_loads = loads(emulated, experts, ids)
+    assert by_groups == bytes_of(bits, 4)
+    assert all_loads == by_groups + by_groups // bits
 
 
 def test_prefill_reads_once_a_tile_of_rows(emulated) -> None:
@@ -70,8 +70,8 @@ def test_prefill_reads_once_a_tile_of_rows(emulated) -> None:
     rng = np.random.default_rng(1)
     ids = torch.from_numpy(np.stack([rng.permutation(3)[:TOP_K] for _ in range(60)]))
     rows = [int((ids == e).sum()) for e in range(3)]
-    distinct, all_loads = loads(emulated, experts, ids)
-    assert distinct == bytes_of(bits, 3)
+    once, all_loads = loads(emulated, experts, ids)
+    assert once == all_loads
     assert all_loads == bytes_of(bits, sum(-(-n // ROWS) for n in rows))
 
 

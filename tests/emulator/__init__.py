@@ -52,7 +52,8 @@ class Report(NamedTuple):
 
 class Traffic(NamedTuple):
     """What one dispatch of a checked kernel did to one tensor, in bytes. `loaded` counts every load of every thread,
-    `loaded_distinct` each byte once; the same for stores."""
+    `loaded_distinct` each byte once; the same for stores. `loaded_by_groups` counts each byte once for every
+    threadgroup that loads it (in steps of 2 bytes): the traffic when a threadgroup's loads stay in its cache."""
 
     dispatch: int
     kernel: str
@@ -62,6 +63,7 @@ class Traffic(NamedTuple):
     loaded_distinct: int
     stored: int
     stored_distinct: int
+    loaded_by_groups: int
 
 
 class EmulatorError(RuntimeError):
@@ -85,6 +87,7 @@ class _TrafficRecord(ctypes.Structure):
         ("loaded_distinct", ctypes.c_uint64),
         ("stored", ctypes.c_uint64),
         ("stored_distinct", ctypes.c_uint64),
+        ("loaded_by_groups", ctypes.c_uint64),
     ]
 
 
@@ -239,10 +242,7 @@ def traffic() -> list[Traffic]:
     records = (_TrafficRecord * library.emu_read_traffic(None, 0))()
     library.emu_read_traffic(records, len(records))
     return [
-        Traffic(
-            r.dispatch, r.kernel.decode(), r.buffer, r.bytes, r.loaded, r.loaded_distinct, r.stored, r.stored_distinct
-        )
-        for r in records
+        Traffic(r.dispatch, r.kernel.decode(), *(getattr(r, name) for name in Traffic._fields[2:])) for r in records
     ]
 
 

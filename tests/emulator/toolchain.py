@@ -34,11 +34,10 @@ RUNTIME_FLAGS = shlex.split(
     "-target x86_64-linux-gnu.2.28 -mcpu=x86_64_v3 -Wl,-soname,libmetal_emulator.so"
 )
 KERNEL_FLAGS = shlex.split(
-    "-x c++ -std=c++17 -fPIC -gline-tables-only -gdwarf-4 -fno-exceptions -fno-rtti -nostdinc -nostdinc++ "
-    f"-march={CPU} -fvisibility=hidden -ffp-contract=off -Xclang -ffloat16-excess-precision=none -fno-math-errno "
-    "-fno-threadsafe-statics "
-    "-fno-stack-protector -fstack-clash-protection -ftemplate-depth=2000 -fconstexpr-steps=10000000 "
-    "-Wno-everything -fno-caret-diagnostics -ferror-limit=20"
+    f"-x c++ -std=c++17 -march={CPU} -fPIC -gline-tables-only -gdwarf-4 -fno-exceptions -fno-rtti -nostdinc "
+    "-nostdinc++ -fvisibility=hidden -ffp-contract=off -Xclang -ffloat16-excess-precision=none -fno-math-errno "
+    "-fno-threadsafe-statics -fno-stack-protector -fstack-clash-protection -ftemplate-depth=2000 "
+    "-fconstexpr-steps=10000000 -Wno-everything -fno-caret-diagnostics -ferror-limit=20"
 )
 # The instrumentation alone: access.c has the functions that it calls.
 CHECK_FLAGS = shlex.split(

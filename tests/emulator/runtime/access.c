@@ -239,8 +239,21 @@ static void set_bits(uint64_t *bits, uint64_t first, uint64_t count) {
     for (uint64_t i = first; i < first + count; i++) bits[i / 64] |= 1ul << (i % 64);
 }
 
+/* What a threadgroup loads for the first time: traffic as it is when a threadgroup's loads stay in its cache. */
+static void count_group_loads(struct emu_binding *binding, uint64_t offset, uint64_t size) {
+    for (uint64_t at = offset; at < offset + size; at += 2 - at % 2) {
+        if (binding->loaded_in[at / 2] == emu_worker->serial) continue;
+        binding->loaded_in[at / 2] = emu_worker->serial;
+        binding->loaded_by_groups += binding->size - (at & ~1ul) < 2 ? 1 : 2;
+    }
+}
+
 static void count_traffic(struct emu_binding *binding, uint64_t offset, uint64_t size, enum access access) {
-    if (reads(access)) binding->loaded += size, set_bits(binding->loaded_bits, offset, size);
+    if (reads(access)) {
+        binding->loaded += size;
+        set_bits(binding->loaded_bits, offset, size);
+        count_group_loads(binding, offset, size);
+    }
     if (writes(access)) binding->stored += size, set_bits(binding->stored_bits, offset, size);
 }
 

@@ -114,6 +114,7 @@ static void map_memory(struct emu_dispatch *dispatch) {
         if (!dispatch->check) continue;
         binding->loaded_bits = calloc(binding->size / 64 + 1, 8);
         binding->stored_bits = calloc(binding->size / 64 + 1, 8);
+        binding->loaded_in = calloc(binding->size / 2 + 1, sizeof *binding->loaded_in);
     }
     for (int i = 0; i < dispatch->region_count && dispatch->check; i++) {
         struct emu_region *region = &dispatch->regions[i];
@@ -133,6 +134,7 @@ static void unmap_memory(struct emu_dispatch *dispatch) {
         munmap(dispatch->bindings[i].map, dispatch->bindings[i].map_bytes);
         free(dispatch->bindings[i].loaded_bits);
         free(dispatch->bindings[i].stored_bits);
+        free(dispatch->bindings[i].loaded_in);
     }
     dispatch->binding_count = dispatch->region_count = 0;
 }
@@ -144,7 +146,7 @@ struct traffic {
     char kernel[96];
     int32_t buffer;
     uint32_t reserved;
-    uint64_t bytes, loaded, loaded_distinct, stored, stored_distinct;
+    uint64_t bytes, loaded, loaded_distinct, stored, stored_distinct, loaded_by_groups;
 };
 static struct traffic *traffic;
 static size_t traffic_count, traffic_room;
@@ -169,7 +171,8 @@ void emu_traffic_record(const struct emu_dispatch *dispatch) {
             }
             struct traffic *record = &traffic[traffic_count++];
             *record = (struct traffic){.dispatch = atomic_load(&emu_statistics.dispatches), .buffer = index,
-                                       .bytes = binding->size, .loaded = binding->loaded, .stored = binding->stored};
+                                       .bytes = binding->size, .loaded = binding->loaded, .stored = binding->stored,
+                                       .loaded_by_groups = binding->loaded_by_groups};
             strncpy(record->kernel, dispatch->kernel->name, sizeof record->kernel - 1);
             record->loaded_distinct = count_bits(binding->loaded_bits, binding->size);
             record->stored_distinct = count_bits(binding->stored_bits, binding->size);

@@ -117,7 +117,8 @@ struct emu_binding {
     struct emu_region *region;
     char *map;
     uint64_t map_bytes;
-    uint64_t loaded, stored;
+    uint64_t loaded, stored, loaded_by_groups;
+    uint32_t *loaded_in; /* for each 2 bytes: serial number of the last threadgroup that loaded them */
     uint64_t *loaded_bits, *stored_bits; /* a bit for each byte */
 };
 
