@@ -33,6 +33,24 @@ const char *mm_torch_load(const char *path, const char **version) {
 struct mm_mps_table mm_mps;
 static int32_t mps_device_type = -1;
 
+/* The emulator reports calls of what `guard` wraps inside a command block: on a Mac they would wait for the very stream that
+ * runs the block. Wrapped once for the process, since the emulator's room for them is limited. */
+static struct mm_torch_table unguarded, guarded;
+
+static void guard_torch(void *(*guard)(const char *name, void *function)) {
+    if (!guarded.aoti_torch_get_sizes) {
+        void *symbol;
+        unguarded = mm_torch;
+#define X(type, name, arguments, first_version)            \
+    memcpy(&symbol, &unguarded.name, sizeof symbol);       \
+    symbol = guard(#name, symbol);                         \
+    memcpy(&guarded.name, &symbol, sizeof symbol);
+        MM_TORCH_SYMBOLS(X)
+#undef X
+    }
+    mm_torch = guarded;
+}
+
 const char *mm_mps_load(const char *path, const char *emulator) {
     void *library = emulator ? dlopen(emulator, RTLD_NOW | RTLD_LOCAL) : path ? dlopen(path, RTLD_NOW | RTLD_NOLOAD) : NULL;
     if (emulator && !library) return dlerror();
@@ -50,10 +68,19 @@ const char *mm_mps_load(const char *path, const char *emulator) {
     MM_MPS_OPTIONAL_SYMBOLS(X)
 #undef X
     mm_mps = table;
+    symbol = emulator ? dlsym(library, "emu_guard") : NULL;
+    if (symbol) {
+        void *(*guard)(const char *, void *);
+        memcpy(&guard, &symbol, sizeof guard);
+        guard_torch(guard);
+    }
     mps_device_type = emulator ? mm_torch.aoti_torch_device_type_cpu() : mm_torch.aoti_torch_device_type_mps();
     return NULL;
 }
 
 int32_t mm_mps_device_type(void) { return mps_device_type; }
 
-void mm_mps_unload(void) { mps_device_type = -1; }
+void mm_mps_unload(void) {
+    mps_device_type = -1;
+    if (unguarded.aoti_torch_get_sizes) mm_torch = unguarded;
+}

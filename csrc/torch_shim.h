@@ -117,7 +117,8 @@ extern struct mm_mps_table mm_mps;
 
 /* Fills mm_mps from the torch library at `path`. Returns NULL, or the first symbol that is missing: then there is no MPS
  * backend. `emulator` is the path of a library that has the same functions and runs Metal text on this machine, for tests: CPU
- * tensors are then what the backend works on. Without it, NULL. */
+ * tensors are then what the backend works on, and torch's functions in mm_torch report their use inside a command block. Without
+ * it, NULL. */
 const char *mm_mps_load(const char *path, const char *emulator);
 /* The device type whose tensors go to the MPS backend; -1 while there is none. */
 int32_t mm_mps_device_type(void);

@@ -216,6 +216,16 @@ def test_checked(emulated: Any, rng: np.random.Generator) -> None:
             assert [report for report in emulated.reports() if report.is_error] == []
 
 
+def test_torch_inside_a_command_block_is_found(emulated: Any, rng: np.random.Generator) -> None:
+    """The emulator sees every torch function that the extension calls, so that none can slip into a block unnoticed."""
+    library = emulated.Library("kernel void idle() {}")
+    p = ref.random_packed(rng, 128, 128, 4, "mcg")
+    with pytest.raises(RuntimeError, match="refused a command block"):  # one inside of another
+        library.block(library.kernel("idle"), lambda: CPU.linear(torch.ones(1, 128), p, 128))
+    with pytest.raises(emulated.EmulatorError, match="aoti_torch_get_sizes is called inside a command block"):
+        emulated.synchronize()
+
+
 SAXPY = """#include <metal_stdlib>
 using namespace metal;
 kernel void saxpy(device const float* x [[buffer(0)]], device float* y [[buffer(1)]], constant float& a [[buffer(2)]],
