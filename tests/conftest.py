@@ -1,8 +1,9 @@
 """What every test shares: the backends and SIMD levels to run on, seeds that a failure prints, and conversions to and
 from NumPy.
 
-BACKENDS is the one place that lists devices. A test that takes `backend` runs once for every entry and, on the CPU,
-for every SIMD level.
+A test that takes `backend` runs on the CPU at every SIMD level and on the emulated MPS backend, `either` at the best
+level and emulated; one that takes `cpu` checks what is promised of the CPU alone, such as equal bits for a row in
+batches of any size.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the oracle's small products; before NumPy is imported
 
+import dataclasses
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,6 @@ import torch
 
 import metal_marlin._C as _C
 
-BACKENDS = ("cpu",)  # device strings
-
 GOLDEN = Path(__file__).parent / "golden"
 DTYPES = ("float32", "bfloat16", "float16")
 RATES = [(rate2, name) for name in reference.CODEBOOKS for rate2 in reference.rates2(name)]  # (2 * bits, codebook)
@@ -36,15 +36,30 @@ def rate_id(rate: tuple[int, str]) -> str:
     return f"{rate[1]}-{rate[0] / 2:g}"
 
 
+DECODE_ROWS = 8  # csrc/shared/kernels.h: up to so many rows go to the GPU's decode kernels
+
+
 @dataclass(frozen=True)
 class Backend:
-    """One device, at one SIMD level if it is the CPU."""
+    """What runs the ops: the CPU at one SIMD level, or the MPS backend on the emulator, where CPU tensors stand for MPS
+    ones."""
 
     device: str
     level: str | None = None
+    emulated: bool = False
 
     def __str__(self) -> str:
-        return self.device if self.level is None else f"{self.device}-{self.level}"
+        return "emulated" if self.emulated else f"{self.device}-{self.level}" if self.level else self.device
+
+    def multiplied(self, p: reference.Packed, rows: int) -> reference.Packed:
+        """The weight that this backend multiplies `rows` rows with: the GPU's decode kernels leave out the rounding of
+        mul1's values to binary16 (metal/device.h)."""
+        return reference.unrounded(p) if self.emulated and rows <= DECODE_ROWS else p
+
+    def multiplied_experts(self, m: reference.Experts, tokens: int) -> reference.Experts:
+        """The same for a layer's experts."""
+        stacks = {name: [self.multiplied(p, tokens) for p in getattr(m, name)] for name in ("gate", "up", "down")}
+        return dataclasses.replace(m, **stacks)
 
     def put(self, value: Any, dtype: str | None = None) -> torch.Tensor:
         """A contiguous tensor on this device; None becomes the empty tensor that the ops take for "no bias"."""
@@ -78,28 +93,65 @@ class Backend:
 
     def moe(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, m: reference.Experts) -> torch.Tensor:
         """moe_trellis_swiglu on NumPy experts."""
-        return ops.moe_trellis_swiglu(x, weights, ids, *self.moe_args(m))
+        return ops.moe_trellis_swiglu(x, weights, ids, *self.moe_args(m), formats_of(m))
 
 
-ops = torch.ops.metal_marlin
+def formats_of(m: reference.Experts) -> int:
+    """The op's `formats`: which codebooks and rates occur, so that a GPU compiles for these alone."""
+    found = {(p.codebook, p.rate2) for p in (*m.gate, *m.up, *m.down)}
+    return sum(1 << 16 * reference.CODEBOOKS.index(codebook) + rate2 - 1 for codebook, rate2 in found)
+
+
+class Ops:
+    """torch.ops.metal_marlin; while a test runs emulated, every call is waited for and what the emulator finds is
+    raised."""
+
+    wait: Callable[[], None] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(torch.ops.metal_marlin, name)
+        if self.wait is None:
+            return op
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = op(*args, **kwargs)
+            self.wait()
+            return result
+
+        return call
+
+
+ops = Ops()
 torch.set_num_threads(1)  # pytest -n gives every core a process; tests of threads set their own count
-TARGETS = [Backend(d, level) for d in BACKENDS for level in (_C.cpu_levels() if d == "cpu" else (None,))]
+CPU = [Backend("cpu", level) for level in _C.cpu_levels()]
+EMULATED = Backend("cpu", emulated=True)
 
 
-@pytest.fixture(params=TARGETS, ids=str)
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Every device and SIMD level in turn; the level found at import comes back afterwards."""
+def running(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """request.param, switched on for the length of a test."""
+    if request.param.emulated:
+        emulator = request.getfixturevalue("emulated")
+        ops.wait = emulator.synchronize
+        yield request.param
+        ops.wait = None
+        return
     before = _C.cpu_level()
-    if request.param.level is not None:
+    if request.param.level:
         _C.set_cpu_level(request.param.level)
     yield request.param
     _C.set_cpu_level(before)
 
 
-@pytest.fixture(params=BACKENDS)
-def device(request: pytest.FixtureRequest) -> Backend:
-    """Every device at the level found at import, for tests of what no SIMD level can change."""
-    return Backend(request.param)
+backend = pytest.fixture(params=[*CPU, EMULATED], ids=str, name="backend")(running)
+cpu = pytest.fixture(params=CPU, ids=str, name="cpu")(running)
+# for tests of what no SIMD level can change
+either = pytest.fixture(params=[Backend("cpu"), EMULATED], ids=str, name="either")(running)
+
+
+@pytest.fixture
+def device() -> Backend:
+    """The CPU at the level found at import: for how the ops fit PyTorch, where nobody waits for the emulator."""
+    return Backend("cpu")
 
 
 @pytest.fixture

@@ -136,9 +136,15 @@ class Packed:
         with np.errstate(invalid="ignore"):
             return dequantize(self.trellis, self.suh, self.svh, self.codebook)
 
+    @property
+    def hoisted(self) -> float:
+        """What a kernel adds to every weight only after it has summed the products."""
+        return 0.0
+
 
 class Unrounded(Packed):
-    """The same matrix as the Metal decode kernels multiply by: mul1's values without their rounding to binary16."""
+    """The same matrix as the Metal decode kernels multiply by: mul1's values without their rounding to binary16. They
+    sum the products of the byte sums alone: the scale and the constant, about -3.4, follow once a sum."""
 
     @cached_property
     def rotated(self) -> np.ndarray:
@@ -148,6 +154,11 @@ class Unrounded(Packed):
         scale, offset = np.array([0x1EEE, 0xC931], np.uint16).view(np.float16).astype(np.float64)
         total = np.round((exact - offset) / scale) - 1024  # the rounding moved no value by half a step
         return (1024.0 + total) * scale + offset
+
+    @property
+    def hoisted(self) -> float:
+        scale, offset = np.array([0x1EEE, 0xC931], np.uint16).view(np.float16).astype(np.float64)
+        return float(1024.0 * scale + offset) if self.codebook == "mul1" else 0.0
 
     @cached_property
     def dense(self) -> np.ndarray:
@@ -282,11 +293,23 @@ def chain_bound(x: np.ndarray, before: np.ndarray, weight: np.ndarray, after: np
 
 
 def linear_bound(x: np.ndarray, p: Packed, out_features: int) -> np.ndarray:
-    """Of `linear`: the chain, and 4 roundings for the product with svh and the sum with the bias."""
+    """Of `linear`: the chain, and 4 roundings for the product with svh and the sum with the bias.
+
+    A hoisted constant makes the chain's partial sums those of the weights without it, and takes the sum of the rotated
+    inputs, which is off by at most 16 roundings of the sum of their sizes: the same in all columns of a block, which is
+    what the output rotation gathers in the block's first column.
+    """
     suh, svh = p.suh.astype(np.float64), p.svh.astype(np.float64)
     bias = 0.0 if p.bias is None else np.abs(p.bias[:out_features].astype(np.float64))
     y = np.abs(linear(x, p, out_features))
-    return chain_bound(x, suh, p.rotated, svh)[:, :out_features] + 4 * F32 * (y + bias)
+    bound = chain_bound(x, suh, p.rotated - p.hoisted, svh)[:, :out_features] + 4 * F32 * (y + bias)
+    if p.hoisted:
+        inputs = np.zeros((len(x), len(suh)))
+        inputs[:, : x.shape[1]] = x * suh[: x.shape[1]]
+        total = np.abs(rotate(inputs)).sum(axis=1, keepdims=True)
+        first = np.arange(0, out_features, BLOCK)
+        bound[:, first] += 16 * F32 * abs(p.hoisted) * total * math.sqrt(BLOCK) * np.abs(svh[first])
+    return bound
 
 
 def moe_bound(x: np.ndarray, weights: np.ndarray, ids: np.ndarray, m: Experts) -> np.ndarray:

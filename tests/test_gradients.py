@@ -26,12 +26,12 @@ def close_gradient(got: torch.Tensor, want: torch.Tensor, width: int, what: str)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradient_of_linear(backend: Backend, rng: np.random.Generator, dtype: str) -> None:
+def test_gradient_of_linear(cpu: Backend, rng: np.random.Generator, dtype: str) -> None:
     for shape in ((), (1,), (3, 5), (33,)):
-        args = linear_args(backend, rng, shape, dtype)
+        args = linear_args(cpu, rng, shape, dtype)
         x = args[0].requires_grad_()
         y = ops.trellis_linear(*args)
-        grad = backend.put(rng.normal(size=y.shape), dtype)
+        grad = cpu.put(rng.normal(size=y.shape), dtype)
         y.backward(grad)
         dense = torch.from_numpy(LINEAR.dense[:200, :130].copy())
         assert x.grad.dtype == x.dtype
@@ -66,7 +66,7 @@ def dense_moe(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, m: ref.
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swiglu_oai"])
-def test_gradient_of_moe(backend: Backend, rng: np.random.Generator, activation: str) -> None:
+def test_gradient_of_moe(cpu: Backend, rng: np.random.Generator, activation: str) -> None:
     """x and the routing weights, through mixed rates, biases and junk in the padding; a repeated expert counts
     twice."""
     m = ref.Experts(EXPERTS.gate, EXPERTS.up, EXPERTS.down, 200, 130, activation)
@@ -77,11 +77,11 @@ def test_gradient_of_moe(backend: Backend, rng: np.random.Generator, activation:
         (6, "bfloat16", 1.0),
         (6, "float16", 1.0),
     ):
-        args = moe_args(backend, rng, (tokens,), dtype, activation)
+        args = moe_args(cpu, rng, (tokens,), dtype, activation)
         args[0] = (args[0] * size).requires_grad_()
         args[1].requires_grad_()
         args[2][0] = 3
-        grad = backend.put(rng.normal(size=(tokens, 200)), dtype)
+        grad = cpu.put(rng.normal(size=(tokens, 200)), dtype)
         ops.moe_trellis_swiglu(*args).backward(grad)
         x, weights = (a.detach().cpu().double().requires_grad_() for a in args[:2])
         dense_moe(x, weights, args[2].cpu(), m).backward(grad.cpu().double())
@@ -93,18 +93,18 @@ def test_gradient_of_moe(backend: Backend, rng: np.random.Generator, activation:
 
 @pytest.mark.parametrize("kind", ["softmax_topk", "topk_softmax", "sigmoid_topk"])
 @pytest.mark.parametrize("renormalize", [False, True], ids=["", "renormalize"])
-def test_gradient_of_router(backend: Backend, rng: np.random.Generator, kind: str, renormalize: bool) -> None:
+def test_gradient_of_router(cpu: Backend, rng: np.random.Generator, kind: str, renormalize: bool) -> None:
     """x, gate and correction, from gradients of the weights and of the logits; a correction that only selects has
     none."""
     for shape, corrected in (((), True), ((7,), True), ((2, 3), False)):
-        args = router_args(backend, rng, shape, "float32", kind, corrected)
+        args = router_args(cpu, rng, shape, "float32", kind, corrected)
         args[5] = renormalize
         mine = [a.requires_grad_() for a in args[: 3 if corrected else 2]]
         weights, ids, logits = ops.router(*args)
         assert weights.requires_grad
         assert logits.requires_grad
         assert not ids.requires_grad
-        grads = [backend.put(rng.normal(size=t.shape), "float32") for t in (weights, logits)]
+        grads = [cpu.put(rng.normal(size=t.shape), "float32") for t in (weights, logits)]
         got = torch.autograd.grad((weights, logits), mine, grads, allow_unused=True)
 
         theirs = [a.detach().cpu().double().requires_grad_() for a in mine]

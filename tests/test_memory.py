@@ -43,34 +43,34 @@ def check_guarded(backend: Backend, op: str, args: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("rate", RATES, ids=rate_id)
-def test_matrices_between_guard_pages(backend: Backend, rng: np.random.Generator, rate: tuple[int, str]) -> None:
+def test_matrices_between_guard_pages(cpu: Backend, rng: np.random.Generator, rate: tuple[int, str]) -> None:
     """Every tensor of every op that takes a matrix begins or ends at the edge of what may be read."""
     p = ref.random_packed(rng, 100, 250, *rate, bias=True)
-    packed = [*backend.packed(p)]
+    packed = [*cpu.packed(p)]
     for dtype in ("float32", "bfloat16", "float16"):
         for rows in (1, 3, 11):
-            x, grad = (backend.put(rng.normal(size=(rows, size)), dtype) for size in (100, 250))
-            check_guarded(backend, "trellis_linear", [x, *packed, backend.put(p.bias), p.codebook, 250])
-            check_guarded(backend, "trellis_linear_backward", [grad, *packed, p.codebook, 100])
-    check_guarded(backend, "dequantize", [*packed, p.codebook, 100, 250])
-    check_guarded(backend, "dequantize", [packed[0], backend.put(None), backend.put(None), p.codebook, 100, 250])
+            x, grad = (cpu.put(rng.normal(size=(rows, size)), dtype) for size in (100, 250))
+            check_guarded(cpu, "trellis_linear", [x, *packed, cpu.put(p.bias), p.codebook, 250])
+            check_guarded(cpu, "trellis_linear_backward", [grad, *packed, p.codebook, 100])
+    check_guarded(cpu, "dequantize", [*packed, p.codebook, 100, 250])
+    check_guarded(cpu, "dequantize", [packed[0], cpu.put(None), cpu.put(None), p.codebook, 100, 250])
 
 
 @pytest.mark.parametrize("op", ["moe_trellis_swiglu", "moe_trellis_swiglu_backward", "router"])
-def test_layers_between_guard_pages(backend: Backend, op: str) -> None:
-    arguments = good(op, backend)
-    check_guarded(backend, op, list(arguments.values()))
+def test_layers_between_guard_pages(cpu: Backend, op: str) -> None:
+    arguments = good(op, cpu)
+    check_guarded(cpu, op, list(arguments.values()))
     tokens = [name for name in ("grad", "x", "weights", "ids") if name in arguments]
-    check_guarded(backend, op, [a.repeat(9, 1) if name in tokens else a for name, a in arguments.items()])
+    check_guarded(cpu, op, [a.repeat(9, 1) if name in tokens else a for name, a in arguments.items()])
 
 
 @pytest.mark.parametrize("rate", RATES, ids=rate_id)
-def test_trellis_at_any_address(backend: Backend, rng: np.random.Generator, rate: tuple[int, str]) -> None:
+def test_trellis_at_any_address(cpu: Backend, rng: np.random.Generator, rate: tuple[int, str]) -> None:
     """A tensor may start at any element of its storage, as slices and files loaded in place do."""
     p = ref.random_packed(rng, 128, 128, *rate)
-    trellis, suh, svh = backend.packed(p)
-    x = backend.put(rng.normal(size=(3, 128)), "float32")
-    bias = backend.put(None)
+    trellis, suh, svh = cpu.packed(p)
+    x = cpu.put(rng.normal(size=(3, 128)), "float32")
+    bias = cpu.put(None)
     want = ops.trellis_linear(x, trellis, suh, svh, bias, p.codebook, 128)
     for offset in (1, 3, 8):
         moved = [torch.cat([t.new_zeros(offset), t.reshape(-1)])[offset:].view(t.shape) for t in (trellis, suh, svh)]

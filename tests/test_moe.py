@@ -28,12 +28,12 @@ def routing(rng: np.random.Generator, tokens: int, top_k: int, count: int) -> tu
     return weights, ids
 
 
-def check(
-    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, m: ref.Experts, y: torch.Tensor, what: str = ""
-) -> None:
+def check(backend: Backend, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, m: ref.Experts, y: torch.Tensor,
+          what: str = "") -> None:  # fmt: skip
     """Compares y with the oracle on the very values of x and weights."""
     assert (y.dtype, y.device, y.shape) == (x.dtype, x.device, x.shape), what
     rows, pairs = array(x).reshape(-1, m.hidden), [array(t).reshape(-1, ids.shape[-1]) for t in (weights, ids)]
+    m = backend.multiplied_experts(m, len(rows))
     want = ref.moe(rows, *pairs, m)
     bound = ref.rounded(ref.moe_bound(rows, *pairs, m), want, str(x.dtype).removeprefix("torch."))
     assert_close(y.reshape(-1, m.hidden), want, bound, what)
@@ -46,7 +46,8 @@ def run(backend: Backend, rng: np.random.Generator, m: ref.Experts, tokens: int,
     w, i = routing(rng, tokens, top_k, len(m.gate))
     weights, ids = backend.put(w, weights_dtype), backend.put(i, ids_dtype)
     y = backend.moe(x, weights, ids, m)
-    check(x, weights, ids, m, y, f"{tokens} tokens, top {top_k}, {dtype}, {weights_dtype} weights, {ids_dtype} ids")
+    what = f"{tokens} tokens, top {top_k}, {dtype}, {weights_dtype} weights, {ids_dtype} ids"
+    check(backend, x, weights, ids, m, y, what)
     return y
 
 
@@ -79,7 +80,7 @@ def test_expert_counts(backend: Backend, rng: np.random.Generator, count: int) -
     run(backend, rng, m, 5, min(count, 4))
     ids = np.array([[count - 1, 0], [0, count - 1], [count - 1, count - 1]])
     x, w = backend.put(rng.normal(size=(3, 128)), "float32"), backend.put(rng.uniform(size=(3, 2)), "float32")
-    check(x, w, backend.put(ids), m, backend.moe(x, w, backend.put(ids), m))
+    check(backend, x, w, backend.put(ids), m, backend.moe(x, w, backend.put(ids), m))
 
 
 def test_mixed_rates(backend: Backend, rng: np.random.Generator) -> None:
@@ -109,18 +110,17 @@ def test_batch_shapes(backend: Backend, rng: np.random.Generator, shape: tuple[i
     w, i = (a.reshape(*shape, 3) for a in routing(rng, tokens, 3, 5))
     for dtype in DTYPES:
         args = backend.put(x, dtype), backend.put(w, "float32"), backend.put(i)
-        check(*args, m, backend.moe(*args, m), dtype)
+        check(backend, *args, m, backend.moe(*args, m), dtype)
 
 
 def test_repeated_ids(backend: Backend, rng: np.random.Generator) -> None:
     """One expert twice in a token counts twice; all tokens at one expert leave the others idle."""
     m = experts()
-    for ids in ([[2, 2], [0, 3], [1, 1]], [[1, 1]] * 20, [[0, 2]] * 5):
-        x = backend.put(rng.normal(size=(len(ids), 128)), "float32")
-        weights = backend.put(rng.normal(size=(len(ids), 2)), "float32")
-        check(
-            x, weights, backend.put(np.array(ids)), m, backend.moe(x, weights, backend.put(np.array(ids)), m), str(ids)
-        )
+    for chosen in ([[2, 2], [0, 3], [1, 1]], [[1, 1]] * 20, [[0, 2]] * 5, rng.integers(0, 4, (3, 12)).tolist()):
+        tokens, top_k = len(chosen), len(chosen[0])
+        x, ids = backend.put(rng.normal(size=(tokens, 128)), "float32"), backend.put(np.array(chosen))
+        weights = backend.put(rng.normal(size=(tokens, top_k)), "float32")
+        check(backend, x, weights, ids, m, backend.moe(x, weights, ids, m), str(chosen))
 
 
 def test_weights_of_any_value(backend: Backend, rng: np.random.Generator) -> None:
@@ -129,7 +129,7 @@ def test_weights_of_any_value(backend: Backend, rng: np.random.Generator) -> Non
     for weights in ([[-1.5, 0.0], [0.0, 0.0], [1e-3, 1e3], [1, 1]],):
         w = backend.put(np.array(weights), "float32")
         y = backend.moe(x, w, ids, m)
-        check(x, w, ids, m, y)
+        check(backend, x, w, ids, m, y)
         assert (y[1] == 0).all()
 
 
@@ -141,7 +141,7 @@ def test_strides(backend: Backend, rng: np.random.Generator, dtype: str) -> None
     weights = backend.put(rng.uniform(size=(3, 5)), dtype).t()
     ids = backend.put(rng.integers(0, 6, (5, 6)))[:, ::2]
     y = backend.moe(x, weights, ids, m)
-    check(x, weights, ids, m, y)
+    check(backend, x, weights, ids, m, y)
     assert same_bits(y, backend.moe(x.contiguous(), weights.contiguous(), ids.contiguous(), m))
     one = backend.moe(x[:1].expand(4, 128), weights[:1].expand(4, 3), ids[:1].expand(4, 3), m)
     assert same_bits(one, y[:1].expand(4, 128))
@@ -152,17 +152,17 @@ def test_strides(backend: Backend, rng: np.random.Generator, dtype: str) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_batch_invariance(backend: Backend, rng: np.random.Generator, dtype: str) -> None:
+def test_batch_invariance(cpu: Backend, rng: np.random.Generator, dtype: str) -> None:
     """A token's result has the same bits alone, in any batch and order, wherever the other tokens go."""
     m, tokens = experts(5, 256, 256, rates=((4, "mul1"), (3, "mul1"), (6, "mcg"))), 70
-    x = backend.put(rng.normal(size=(tokens, 256)), dtype)
+    x = cpu.put(rng.normal(size=(tokens, 256)), dtype)
     w, i = routing(rng, tokens, 2, 5)
-    weights, ids = backend.put(w, "float32"), backend.put(i)
-    y = backend.moe(x, weights, ids, m)
+    weights, ids = cpu.put(w, "float32"), cpu.put(i)
+    y = cpu.moe(x, weights, ids, m)
     for part in (slice(0, 1), slice(3, 5), slice(0, 9), slice(8, 41), slice(69, 70)):
-        assert same_bits(backend.moe(x[part], weights[part], ids[part], m), y[part]), str(part)
-    order = torch.from_numpy(rng.permutation(tokens)).to(backend.device)
-    assert same_bits(backend.moe(x[order], weights[order], ids[order], m), y[order]), "permuted tokens"
+        assert same_bits(cpu.moe(x[part], weights[part], ids[part], m), y[part]), str(part)
+    order = torch.from_numpy(rng.permutation(tokens)).to(cpu.device)
+    assert same_bits(cpu.moe(x[order], weights[order], ids[order], m), y[order]), "permuted tokens"
 
 
 def test_equals_linears(backend: Backend, rng: np.random.Generator) -> None:
@@ -199,13 +199,13 @@ def test_nonfinite_input(backend: Backend, rng: np.random.Generator, poison: flo
             assert same_bits(y[others], clean[others]), f"{name}, {tokens} tokens"
 
 
-def test_more_pairs_than_one_pass_holds(backend: Backend, rng: np.random.Generator) -> None:
+def test_more_pairs_than_one_pass_holds(cpu: Backend, rng: np.random.Generator) -> None:
     """20,000 (token, expert) pairs, forward and backward: every part of the batch as if it were alone."""
     m = experts(40, rates=((4, "mul1"), (6, "mcg")))
-    args, tokens = backend.moe_args(m), 640
-    x, grad = (backend.put(rng.normal(size=(tokens, 128)), "float32") for _ in range(2))
+    args, tokens = cpu.moe_args(m), 640
+    x, grad = (cpu.put(rng.normal(size=(tokens, 128)), "float32") for _ in range(2))
     w, i = routing(rng, tokens, 32, 40)
-    weights, ids = backend.put(w, "float32"), backend.put(i)
+    weights, ids = cpu.put(w, "float32"), cpu.put(i)
     y = ops.moe_trellis_swiglu(x, weights, ids, *args)
     dx, dweights = ops.moe_trellis_swiglu_backward(grad, x, weights, ids, *args)
     for part in (slice(0, 3), slice(300, 333), slice(637, 640)):
@@ -214,4 +214,4 @@ def test_more_pairs_than_one_pass_holds(backend: Backend, rng: np.random.Generat
         got = ops.moe_trellis_swiglu_backward(grad[part], *pair, *args)
         assert same_bits(got[0], dx[part]), str(part)
         assert same_bits(got[1], dweights[part]), str(part)
-    check(x[:4], weights[:4], ids[:4], m, y[:4])
+    check(cpu, x[:4], weights[:4], ids[:4], m, y[:4])

@@ -55,11 +55,11 @@ def test_gil_is_released(device: Backend, rng: np.random.Generator, threads: Non
     assert longest < seconds / 3, f"no other thread ran for {longest:.3f} s of a call of {seconds:.3f} s"
 
 
-def test_thread_counts_give_the_same_bits(backend: Backend, rng: np.random.Generator, threads: None) -> None:
+def test_thread_counts_give_the_same_bits(cpu: Backend, rng: np.random.Generator, threads: None) -> None:
     """1, 2, 3 and 4 threads, each twice."""
     for name in OPS:
         for shape in ((1,), (2,), (45,)):
-            args, results = OPS[name](backend, rng, shape), []
+            args, results = OPS[name](cpu, rng, shape), []
             for count in (1, 2, 3, 4, 4, 1):
                 torch.set_num_threads(count)
                 results.append(outputs(getattr(ops, name)(*args)))
@@ -68,9 +68,9 @@ def test_thread_counts_give_the_same_bits(backend: Backend, rng: np.random.Gener
             )
 
 
-def test_concurrent_callers(backend: Backend, rng: np.random.Generator) -> None:
+def test_concurrent_callers(cpu: Backend, rng: np.random.Generator) -> None:
     """Six Python threads call every op at once with their own sizes; each gets what it gets alone."""
-    calls = [(name, OPS[name](backend, rng, (1 + 7 * i,))) for i in range(6) for name in OPS]
+    calls = [(name, OPS[name](cpu, rng, (1 + 7 * i,))) for i in range(6) for name in OPS]
     alone = [outputs(getattr(ops, name)(*args)) for name, args in calls]
     wrong: list[str] = []
     start = threading.Barrier(6)
