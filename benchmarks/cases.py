@@ -17,7 +17,7 @@ from metal_marlin import TrellisExperts, TrellisLinear, TrellisTensor
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 768, 32, 4
 ROWS = (1, 16, 256)
 RATES = (("mul1", 2.0), ("mcg", 3.0), ("mul1", 4.0))
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest error / largest value
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # largest error / largest value
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,10 @@ class Backend:
 
     def multiplied(self, p: reference.Packed, rows: int) -> reference.Packed:
         """The weight that this backend multiplies `rows` rows with: the GPU's decode kernels leave out the rounding of
-        mul1's values to binary16 (metal/device.h)."""
-        return reference.unrounded(p) if self.emulated and rows <= DECODE_ROWS else p
+        mul1's values to binary16 (metal/device.h), and so do the CPU's integers, which round the inputs (int16.h)."""
+        if self.emulated:
+            return reference.unrounded(p) if rows <= DECODE_ROWS else p
+        return reference.integer(p) if (self.level or _C.cpu_level()).endswith("int16") else p
 
     def multiplied_experts(self, m: reference.Experts, tokens: int) -> reference.Experts:
         """The same for a layer's experts."""

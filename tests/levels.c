@@ -346,7 +346,7 @@ static void check_rotations(void) {
             if (spread)
                 level->rotate_grad(out, x, scale, WIDTH, USED);
             else
-                level->rotate_in(out, x, scale, WIDTH, USED);
+                level->rotate_in(out, x, scale, WIDTH, USED, MM_CODEBOOK_3INST); /* "tiled" at every level */
             for (int first = 0; first < WIDTH; first += BLOCK) {
                 double in[BLOCK], sum[BLOCK], absolute[BLOCK];
                 for (int i = 0; i < BLOCK; i++)
@@ -401,6 +401,86 @@ static float *dense(const struct mm_weight *weight) {
     return out;
 }
 
+/* Levels that multiply mul1 in 16-bit integers (int16.h): the weights without their rounding to binary16, the inputs rounded to
+ * 2^-15 of their block's largest. */
+static bool in_integers(const struct mm_kernels *level, int codebook) { return level->row_floats(codebook) != 2 * BLOCK; }
+
+static double unrounded(double value) { /* mul1's: the rounding moved no value by half a step of the byte sum */
+    double scale = (double)MM_MUL1_SCALE, bias = (double)MM_MUL1_BIAS;
+    return round((value - bias) / scale) * scale + bias;
+}
+
+static double largest(const double *values, int count) {
+    double most = 0;
+    for (int i = 0; i < count; i++) most = fmax(most, fabs(values[i]));
+    return most;
+}
+
+#define HALF_STEP (0.51 / 32767) /* of a block's largest input: half a unit, and what the unit's own rounding adds */
+
+/* `multiply` of such a level: rows [ROWS] whose rotation is x, to rounding, times block 1. */
+static void check_integer_products(const struct mm_kernels *level, const struct mm_weight *weight, const float *w) {
+    enum { ROWS = 9 };
+    const int64_t k = weight->k, ld = k / BLOCK * MM_MAX_ROW_FLOATS;
+    double *h = zeros((size_t)(ROWS * k) * sizeof *h), *error = zeros((size_t)(ROWS * k / BLOCK) * sizeof *error);
+    float *rows = zeros((size_t)(ROWS * ld) * sizeof *rows), *scratch = zeros(MM_MULTIPLY_SCRATCH * sizeof *scratch);
+    float *y = zeros(ROWS * BLOCK * sizeof *y), *x = random_floats(ROWS * k, 3);
+    uint16_t *ones = zeros((size_t)k * sizeof *ones);
+    for (int64_t i = 0; i < k; i++) ones[i] = 0x3C00;
+    for (int64_t i = 0; i < BLOCK; i++) x[i] = i == 5 ? 100.0f : 0.0f; /* one spike: all of a rotated block as large */
+    for (int64_t r = 0; r < ROWS; r++) {
+        level->rotate_in(rows + r * ld, x + r * k, ones, k, k, weight->codebook);
+        for (int64_t b = 0; b < k / BLOCK; b++) {
+            double in[BLOCK], absolute[BLOCK];
+            for (int i = 0; i < BLOCK; i++) in[i] = (double)x[r * k + b * BLOCK + i];
+            hadamard(h + r * k + b * BLOCK, absolute, in);
+            error[r * (k / BLOCK) + b] = (HADAMARD_ROUNDINGS + 1) * U * absolute[0] +
+                                         HALF_STEP * largest(h + r * k + b * BLOCK, BLOCK);
+        }
+    }
+    for (int count = 1; count <= ROWS; count++) {
+        memset(y, 0xFF, ROWS * BLOCK * sizeof *y);
+        level->multiply(y, weight, 1, rows, ld, count, scratch);
+        for (int r = 0; r < count; r++)
+            for (int i = 0; i < BLOCK; i++) {
+                double want = 0, bound = 0;
+                for (int64_t j = 0; j < k; j++) {
+                    double value = unrounded((double)w[j * weight->n + BLOCK + i]);
+                    want += value * h[r * k + j];
+                    bound += fabs(value) * (error[r * (k / BLOCK) + j / BLOCK] + 12 * U * fabs(h[r * k + j]));
+                }
+                check_close(level->name, "multiply", r * BLOCK + i, (double)y[r * BLOCK + i], want, bound);
+            }
+    }
+    mm_free(h), mm_free(error), mm_free(rows), mm_free(scratch), mm_free(y), mm_free(x), mm_free(ones);
+}
+
+/* One rotated input at a time, so that y is a single weight: it must be nearer to the right one than to a byte sum beside it. */
+static void check_integer_states(const struct mm_kernels *level, const struct mm_weight *weight, const float *w) {
+    const int64_t k = weight->k, ld = k / BLOCK * MM_MAX_ROW_FLOATS;
+    float *rows = zeros((size_t)(MM_ROW_BLOCK * ld) * sizeof *rows), *y = zeros(MM_ROW_BLOCK * BLOCK * sizeof *y);
+    float *scratch = zeros(MM_MULTIPLY_SCRATCH * sizeof *scratch), *x = zeros((size_t)k * sizeof *x);
+    uint16_t *ones = zeros((size_t)k * sizeof *ones);
+    for (int64_t i = 0; i < k; i++) ones[i] = 0x3C00;
+    for (int64_t first = 0; first < k; first += MM_ROW_BLOCK) {
+        for (int64_t r = 0; r < MM_ROW_BLOCK; r++) {
+            double in[BLOCK] = {0}, sum[BLOCK], absolute[BLOCK];
+            in[(first + r) % BLOCK] = 1;
+            hadamard(sum, absolute, in);
+            for (int64_t i = 0; i < k; i++) x[i] = i / BLOCK == (first + r) / BLOCK ? (float)sum[i % BLOCK] : 0.0f;
+            level->rotate_in(rows + r * ld, x, ones, k, k, weight->codebook);
+        }
+        for (int64_t block = 0; block < weight->n / BLOCK; block++) {
+            level->multiply(y, weight, block, rows, ld, MM_ROW_BLOCK, scratch);
+            for (int64_t i = 0; i < MM_ROW_BLOCK * BLOCK; i++) {
+                double want = unrounded((double)w[(first + i / BLOCK) * weight->n + block * BLOCK + i % BLOCK]);
+                check_close(level->name, "one weight", i, (double)y[i], want, 0.01 * (double)MM_MUL1_SCALE);
+            }
+        }
+    }
+    mm_free(rows), mm_free(y), mm_free(scratch), mm_free(x), mm_free(ones);
+}
+
 static void check_products(int codebook, int rate2) {
     enum { K = 384, N = 256, ROWS = MM_ROW_BLOCK };
     static const int counts[] = {1, 2, 3, 4, 5, 6, 7, ROWS};
@@ -409,6 +489,11 @@ static void check_products(int codebook, int rate2) {
     float *w = dense(&weight), *scratch = zeros(MM_MULTIPLY_SCRATCH * sizeof *scratch);
     float *x = random_floats(ROWS * K, 3), *grad = random_floats(ROWS * N, 3), *y = zeros(ROWS * BLOCK * sizeof *y);
     float *tiled = zeros(2 * ROWS * K * sizeof *tiled), *spread = zeros(4 * ROWS * N * sizeof *spread);
+    for (int l = 0; l < level_count; l++)
+        if (in_integers(levels[l], codebook)) {
+            check_integer_products(levels[l], &weight, w);
+            check_integer_states(levels[l], &weight, w);
+        }
     for (int r = 0; r < ROWS; r++) {
         for (int i = 0; i < 2 * K; i++) tiled[r * 2 * K + i] = x[r * K + i / 32 * 16 + MM_TILE_ROW(i % 32)];
         for (int i = 0; i < 4 * N; i++) {
@@ -432,11 +517,12 @@ static void check_products(int codebook, int rate2) {
         int roundings = transposed ? N / 2 + 2 : K / 4 + 3;
         for (int l = 0; l < level_count; l++)
             for (int c = 0; c < (int)(sizeof counts / sizeof *counts); c++) {
+                if (!transposed && in_integers(levels[l], codebook)) continue;
                 memset(y, 0xFF, ROWS * BLOCK * sizeof *y);
                 if (transposed)
                     levels[l]->multiply_transposed(y, &weight, block, spread, counts[c], scratch);
                 else
-                    levels[l]->multiply(y, &weight, block, tiled, counts[c], scratch);
+                    levels[l]->multiply(y, &weight, block, tiled, 2 * K, counts[c], scratch);
                 for (int i = 0; i < counts[c] * BLOCK; i++)
                     check_close(levels[l]->name, transposed ? "multiply_transposed" : "multiply", i, (double)y[i],
                                 want[i], roundings * U * absolute[i]);
@@ -556,7 +642,8 @@ static void check_linear(int codebook, int rate2) {
                 for (int i = 0; i < BLOCK; i++)
                     in[i] = k + i < IN ? (double)x[r * IN + k + i] * (double)mm_float_of_half(weight.suh[k + i]) : 0;
                 hadamard(h + k, absolute, in);
-                for (int i = 0; i < BLOCK; i++) h_error[k + i] = (HADAMARD_ROUNDINGS + 1) * U * absolute[i];
+                double step = in_integers(mm_cpu, codebook) ? HALF_STEP * largest(h + k, BLOCK) : 0;
+                for (int i = 0; i < BLOCK; i++) h_error[k + i] = (HADAMARD_ROUNDINGS + 1) * U * absolute[i] + step;
             }
             for (int n = 0; n < N; n += BLOCK) {
                 double p[BLOCK], sum[BLOCK], absolute[BLOCK], p_error = 0;
@@ -564,6 +651,7 @@ static void check_linear(int codebook, int rate2) {
                     double error = p[i] = 0;
                     for (int k = 0; k < K; k++) {
                         double value = (double)w[k * N + n + i];
+                        if (in_integers(mm_cpu, codebook)) value = unrounded(value);
                         p[i] += value * h[k];
                         error += fabs(value) * (h_error[k] + (K / 4 + 3) * U * fabs(h[k]));
                     }

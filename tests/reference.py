@@ -141,6 +141,11 @@ class Packed:
         """What a kernel adds to every weight only after it has summed the products."""
         return 0.0
 
+    @property
+    def input_steps(self) -> int:
+        """How many steps a kernel's rotated inputs have up to their block's largest; 0: they are float32."""
+        return 0
+
 
 class Unrounded(Packed):
     """The same matrix as the Metal decode kernels multiply by: mul1's values without their rounding to binary16. They
@@ -167,8 +172,25 @@ class Unrounded(Packed):
             return self.suh.astype(np.float64)[:, None] * weight * self.svh.astype(np.float64)
 
 
+class Integer(Unrounded):
+    """mul1 as levels in 16-bit integers multiply it: unrounded weights, every rotated input to a multiple of 1 / 32767 of
+    its block's largest. The integer sums are exact."""
+
+    @property
+    def hoisted(self) -> float:
+        return 0.0
+
+    @property
+    def input_steps(self) -> int:
+        return 32767 if self.codebook == "mul1" else 0
+
+
 def unrounded(p: Packed) -> Packed:
     return Unrounded(p.trellis, p.suh, p.svh, p.codebook, p.bias)
+
+
+def integer(p: Packed) -> Packed:
+    return Integer(p.trellis, p.suh, p.svh, p.codebook, p.bias)
 
 
 def linear(x: np.ndarray, p: Packed, out_features: int) -> np.ndarray:
@@ -298,15 +320,28 @@ def linear_bound(x: np.ndarray, p: Packed, out_features: int) -> np.ndarray:
     A hoisted constant makes the chain's partial sums those of the weights without it, and takes the sum of the rotated
     inputs, which is off by at most 16 roundings of the sum of their sizes: the same in all columns of a block, which is
     what the output rotation gathers in the block's first column.
+
+    Rounded inputs are each off by an even share of +- half a step, step / sqrt(12) in the mean square; 6 times that bounds
+    their sum, by the argument of `chain_bound`.
     """
     suh, svh = p.suh.astype(np.float64), p.svh.astype(np.float64)
     bias = 0.0 if p.bias is None else np.abs(p.bias[:out_features].astype(np.float64))
     y = np.abs(linear(x, p, out_features))
     bound = chain_bound(x, suh, p.rotated - p.hoisted, svh)[:, :out_features] + 4 * F32 * (y + bias)
+    if not len(x):
+        return bound
+    inputs = np.zeros((len(x), len(suh)))
+    inputs[:, : x.shape[1]] = x * suh[: x.shape[1]]
+    inputs = rotate(inputs)
+    if p.input_steps:
+        step = np.abs(inputs).reshape(len(x), -1, BLOCK).max(axis=2) / p.input_steps  # [tokens, blocks of k]
+        k, n = p.rotated.shape
+        power = (p.rotated**2).reshape(k // BLOCK, BLOCK, n // BLOCK, BLOCK).sum(axis=1).mean(axis=2)  # of a column
+        bound += (6 / math.sqrt(12) * (step**2 @ power) ** 0.5).repeat(BLOCK, axis=1)[:, :out_features] * np.abs(
+            svh[:out_features]
+        )
     if p.hoisted:
-        inputs = np.zeros((len(x), len(suh)))
-        inputs[:, : x.shape[1]] = x * suh[: x.shape[1]]
-        total = np.abs(rotate(inputs)).sum(axis=1, keepdims=True)
+        total = np.abs(inputs).sum(axis=1, keepdims=True)
         first = np.arange(0, out_features, BLOCK)
         bound[:, first] += 16 * F32 * abs(p.hoisted) * total * math.sqrt(BLOCK) * np.abs(svh[first])
     return bound

@@ -56,7 +56,7 @@ def test_activation_values(backend: Backend, rng: np.random.Generator, activatio
     x, weights = backend.put(rng.normal(size=(512, 128)), "float32"), torch.ones(512, 1, device=backend.device)
     down = [ref.Packed(p.trellis, p.suh, p.svh, "mul1", np.zeros(128, np.float16))] * 512
     y = array(backend.moe(x, weights, ids, ref.Experts(gate, up, down, 128, 1, activation)))
-    row = p.dense[0, :128]
+    row = backend.multiplied(p, 512).dense[0, :128]
     got, want = y @ row / (row @ row), ref.activate(activation, g.astype(np.float64), u.astype(np.float64))
     # a few roundings; those of the exponential's argument, at most 1.6 (|g| + g^3 / 22), count as often as it is
     # large; 1 + erf cancels

@@ -103,6 +103,35 @@ static void store_half(uint16_t *out, const float *in, int64_t count) {
 
 #include "cpu/kernels.h"
 
+/* ---- mul1 in 16-bit integers ---- */
+
+#define INT16_LEVEL "avx2-int16"
+typedef uint16_t half16 __attribute__((vector_size(32), may_alias));
+#if defined(__clang__)
+#define UNROLL(count) _Pragma("unroll")
+#else
+#define UNROLL_PRAGMA(text) _Pragma(#text)
+#define UNROLL(count) UNROLL_PRAGMA(GCC unroll count)
+#endif
+/* Keeps the compiler from regrouping a long chain of sums into a tree that does not fit the registers (1.5 x slower). */
+#define KEEP(vector) __asm__("" : "+x"(vector))
+
+INLINE half16 multiply_high(half16 a, half16 b) { return (half16)_mm256_mulhi_epu16((__m256i)a, (__m256i)b); }
+
+INLINE half16 byte_sums(half16 low, half16 high) {
+    __m256i one = _mm256_set1_epi8(1);
+    return (half16)_mm256_maddubs_epi16((__m256i)low, one) + (half16)_mm256_maddubs_epi16((__m256i)high, one);
+}
+
+INLINE ivec8 add_products(ivec8 sums, half16 s, int32_t pair) {
+    return sums + (ivec8)_mm256_madd_epi16((__m256i)s, _mm256_set1_epi32(pair));
+}
+
+INLINE ivec8 round_values(vec8 v) { return (ivec8)_mm256_cvtps_epi32((__m256)v); }
+
+#include "cpu/gather_avx2.h"
+#include "cpu/int16.h"
+
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -120,7 +149,9 @@ static bool cpu_has_avx2(void) {
 }
 
 const struct mm_kernels *mm_kernels_avx2(void) { return cpu_has_avx2() ? &kernels : 0; }
+const struct mm_kernels *mm_kernels_avx2_int16(void) { return cpu_has_avx2() ? &kernels_int16 : 0; }
 #else
 #include "cpu/cpu.h"
 const struct mm_kernels *mm_kernels_avx2(void) { return 0; }
+const struct mm_kernels *mm_kernels_avx2_int16(void) { return 0; }
 #endif

@@ -45,21 +45,25 @@ struct mm_weight mm_stack_weight(const struct mm_stack *stack, int64_t expert);
 
 /* Rows handled by one call of `multiply`; a tile is decoded once for this many. */
 #define MM_ROW_BLOCK 64
+/* The longest form of a rotated row, per 128 inputs. */
+#define MM_MAX_ROW_FLOATS (2 * MM_HADAMARD)
 /* Floats of scratch that `multiply` and `multiply_transposed` need. */
 #define MM_MULTIPLY_SCRATCH (MM_ROW_BLOCK * 64 + 16 * MM_TILE_WEIGHTS)
 
-/* The kernels of one SIMD level. An input row travels as "tiled": for each 16 inputs, 4 groups of 4 values in trellis
- * order (rows 2q, 2q+1, 2q+8, 2q+9), each written twice, since 8 trellis positions are 4 rows of 2 columns.
+/* The kernels of one SIMD level. A rotated input row travels in a form of the level's own, row_floats(codebook) floats for
+ * each 128 inputs: by default "tiled", 4 groups of 4 values for each 16 inputs, in trellis order (rows 2q, 2q+1, 2q+8, 2q+9), each
+ * written twice, since 8 trellis positions are 4 rows of 2 columns; or 16-bit integers (int16.h). Rows lie `ld` floats apart.
  * A gradient row travels as "spread": for each 16 columns, 8 groups: column c four times, column c+8 four times. */
 struct mm_kernels {
     const char *name;
     void (*prepare)(void); /* builds the level's tables; called when the level becomes active, may run again */
     void (*load)(float *out, const void *in, enum mm_float type, int64_t stride, int64_t count);
     void (*store)(void *out, const float *in, enum mm_float type, int64_t count);
-    /* tiled [2k] = H(x * suh), x [k]; channels from `used` on are padding and count as 0 whatever x and suh hold */
-    void (*rotate_in)(float *tiled, const float *x, const uint16_t *suh, int64_t k, int64_t used);
-    /* y [rows, 128] = tiled rows [rows, 2k] times the 128 columns of `block` */
-    void (*multiply)(float *y, const struct mm_weight *weight, int64_t block, const float *tiled, int64_t rows,
+    int64_t (*row_floats)(int codebook);
+    /* row = H(x * suh), x [k]; channels from `used` on are padding and count as 0 whatever x and suh hold */
+    void (*rotate_in)(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook);
+    /* y [rows, 128] = rotated rows times the 128 columns of `block` */
+    void (*multiply)(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
                      float *scratch);
     /* y [rows, 128] = H(y) * svh + bias, all for one block of 128 columns; also a gradient's last step, with suh */
     void (*rotate_out)(float *y, int64_t rows, const uint16_t *svh, const uint16_t *bias);
@@ -80,7 +84,8 @@ struct mm_kernels {
 const struct mm_kernels *mm_kernels_scalar(void);
 const struct mm_kernels *mm_kernels_neon(void);
 const struct mm_kernels *mm_kernels_avx2(void);
-#define MM_CPU_LEVELS(X) X(scalar) X(neon) X(avx2)
+const struct mm_kernels *mm_kernels_avx2_int16(void);
+#define MM_CPU_LEVELS(X) X(scalar) X(neon) X(avx2) X(avx2_int16)
 
 extern const struct mm_kernels *mm_cpu; /* the active level; set once at import, and by tests */
 #define MM_MAX_CPU_LEVELS 8

@@ -87,7 +87,13 @@ INLINE void scale_rotate(vec8 *out, const float *in, const uint16_t *scale, int6
     hadamard128(out);
 }
 
-static void rotate_in(float *tiled, const float *x, const uint16_t *suh, int64_t k, int64_t used) {
+static int64_t row_floats(int codebook) {
+    (void)codebook;
+    return 2 * MM_HADAMARD;
+}
+
+static void rotate_in(float *tiled, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook) {
+    (void)codebook;
     for (int64_t i = 0; i < k; i += MM_HADAMARD) {
         vec8 rotated[16];
         scale_rotate(rotated, x + i, suh + i, used - i);
@@ -132,8 +138,8 @@ static void rotate_out(float *y, int64_t rows, const uint16_t *svh, const uint16
 
 /* Few rows: every tile of the block's column is decoded into registers and multiplied at once.
  * sums [rows, 8 tiles, 8 columns] vectors; tiles of one tile row lie side by side, so memory is read in order. */
-INLINE void multiply_fused(vec8 *sums, const struct mm_weight *weight, int64_t block, const float *tiled, int rows,
-                           int codebook) {
+INLINE void multiply_fused(vec8 *sums, const struct mm_weight *weight, int64_t block, const float *tiled, int64_t ld,
+                           int rows, int codebook) {
     int64_t tile_bytes = MM_TILE_BYTES(weight->rate2), row_bytes = weight->n / MM_TILE * tile_bytes;
     const uint8_t *tiles = weight->tiles + block * BLOCK_TILES * tile_bytes;
     for (int64_t kt = 0; kt < weight->k / MM_TILE; kt++, tiles += row_bytes) {
@@ -143,7 +149,7 @@ INLINE void multiply_fused(vec8 *sums, const struct mm_weight *weight, int64_t b
                 vec8 w[4];
                 for (int q = 0; q < 4; q++) w[q] = tile_decode(&reader, 4 * c + q, codebook);
                 for (int r = 0; r < rows; r++) {
-                    const vec8 *x = (const vec8 *)(const void *)(tiled + r * 2 * weight->k + kt * 32);
+                    const vec8 *x = (const vec8 *)(const void *)(tiled + r * ld + kt * 32);
                     vec8 sum = sums[(r * BLOCK_TILES + j) * 8 + c];
                     for (int q = 0; q < 4; q++) sum += w[q] * x[q];
                     sums[(r * BLOCK_TILES + j) * 8 + c] = sum;
@@ -207,15 +213,15 @@ INLINE void reduce_columns(float *y, const vec8 *sums) {
     }
 }
 
-static void multiply_few(float *y, const struct mm_weight *weight, int64_t block, const float *tiled, int64_t rows,
-                         vec8 *sums) {
+static void multiply_few(float *y, const struct mm_weight *weight, int64_t block, const float *tiled, int64_t ld,
+                         int64_t rows, vec8 *sums) {
     memset(sums, 0, (size_t)rows * BLOCK_TILES * 8 * sizeof *sums);
     switch (weight->codebook * FUSED_ROWS + (int)rows - 1) {
 #define X(id, name, multiplier, addend, half_rates)                                                       \
-    case id * FUSED_ROWS: multiply_fused(sums, weight, block, tiled, 1, id); break;                       \
-    case id * FUSED_ROWS + 1: multiply_fused(sums, weight, block, tiled, 2, id); break;                   \
-    case id * FUSED_ROWS + 2: multiply_fused(sums, weight, block, tiled, 3, id); break;                   \
-    case id * FUSED_ROWS + 3: multiply_fused(sums, weight, block, tiled, 4, id); break;
+    case id * FUSED_ROWS: multiply_fused(sums, weight, block, tiled, ld, 1, id); break;                       \
+    case id * FUSED_ROWS + 1: multiply_fused(sums, weight, block, tiled, ld, 2, id); break;                   \
+    case id * FUSED_ROWS + 2: multiply_fused(sums, weight, block, tiled, ld, 3, id); break;                   \
+    case id * FUSED_ROWS + 3: multiply_fused(sums, weight, block, tiled, ld, 4, id); break;
         MM_CODEBOOKS(X)
 #undef X
     default:
@@ -224,8 +230,8 @@ static void multiply_few(float *y, const struct mm_weight *weight, int64_t block
     for (int64_t i = 0; i < rows * BLOCK_TILES; i++) reduce_columns(y + i * MM_TILE, sums + i * 8);
 }
 
-static void multiply_many(float *y, const struct mm_weight *weight, int64_t block, const float *tiled, int64_t rows,
-                          vec8 *sums) {
+static void multiply_many(float *y, const struct mm_weight *weight, int64_t block, const float *tiled, int64_t ld,
+                          int64_t rows, vec8 *sums) {
     vec8 *panel = sums + rows * 8;
     int64_t tile_bytes = MM_TILE_BYTES(weight->rate2), row_bytes = weight->n / MM_TILE * tile_bytes;
     int64_t k_tiles = weight->k / MM_TILE;
@@ -235,19 +241,19 @@ static void multiply_many(float *y, const struct mm_weight *weight, int64_t bloc
         for (int64_t kt = 0; kt < k_tiles; kt += PANEL_TILES) {
             int64_t tiles = k_tiles - kt < PANEL_TILES ? k_tiles - kt : PANEL_TILES;
             decode_tiles(panel, weight, column + kt * row_bytes, row_bytes, tiles);
-            multiply_panel(sums, panel, tiles, tiled + kt * 32, 2 * weight->k, rows);
+            multiply_panel(sums, panel, tiles, tiled + kt * 32, ld, rows);
         }
         for (int64_t r = 0; r < rows; r++) reduce_columns(y + r * MM_HADAMARD + j * MM_TILE, sums + r * 8);
     }
 }
 
-static void multiply(float *y, const struct mm_weight *weight, int64_t block, const float *tiled, int64_t rows,
+static void multiply(float *y, const struct mm_weight *weight, int64_t block, const float *tiled, int64_t ld, int64_t rows,
                      float *scratch) {
     vec8 *sums = (vec8 *)(void *)scratch;
     if (rows <= FUSED_ROWS)
-        multiply_few(y, weight, block, tiled, rows, sums);
+        multiply_few(y, weight, block, tiled, ld, rows, sums);
     else
-        multiply_many(y, weight, block, tiled, rows, sums);
+        multiply_many(y, weight, block, tiled, ld, rows, sums);
 }
 
 static void multiply_transposed(float *dx, const struct mm_weight *weight, int64_t block, const float *spread,
@@ -388,6 +394,7 @@ static const struct mm_kernels kernels = {
     .prepare = prepare,
     .load = load,
     .store = store,
+    .row_floats = row_floats,
     .rotate_in = rotate_in,
     .multiply = multiply,
     .rotate_out = rotate_out,

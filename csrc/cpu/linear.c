@@ -12,21 +12,22 @@ struct linear {
     const struct mm_weight *weight;
     int64_t first_row, rows; /* of this chunk */
     int64_t in_width, in_used, out_width, out_used;
-    int64_t factor; /* floats that a rotated input value takes: 2 tiled, 4 spread */
-    float *rotated; /* [rows, factor * in_width] */
+    int64_t ld; /* floats of a rotated row */
+    float *rotated; /* [rows, ld] */
     char *out;
     bool transposed;
 };
 
 static void rotate_row(int64_t item, void *scratch, void *context) {
     const struct linear *run = context;
-    float *row = scratch, *rotated = run->rotated + item * run->factor * run->in_width;
+    float *row = scratch, *rotated = run->rotated + item * run->ld;
     mm_cpu->load(row, mm_rows_at(run->in, run->first_row + item), run->in->type, run->in->column_stride, run->in_used);
     memset(row + run->in_used, 0, (size_t)(run->in_width - run->in_used) * sizeof *row);
     if (run->transposed)
         mm_cpu->rotate_grad(rotated, row, run->weight->svh, run->in_width, run->in_used);
     else
-        mm_cpu->rotate_in(rotated, row, run->weight->suh, run->in_width, run->in_used);
+        mm_cpu->rotate_in(rotated, row, run->weight->suh, run->in_width, run->in_used,
+                          run->weight->codebook);
 }
 
 static void multiply_block(int64_t item, void *scratch, void *context) {
@@ -35,12 +36,12 @@ static void multiply_block(int64_t item, void *scratch, void *context) {
     int64_t blocks = run->out_width / MM_HADAMARD, block = item % blocks, row = item / blocks * MM_ROW_BLOCK;
     int64_t rows = run->rows - row < MM_ROW_BLOCK ? run->rows - row : MM_ROW_BLOCK, column = block * MM_HADAMARD;
     float *y = scratch;
-    const float *rotated = run->rotated + row * run->factor * run->in_width;
+    const float *rotated = run->rotated + row * run->ld;
     if (run->transposed) {
         mm_cpu->multiply_transposed(y, weight, block, rotated, rows, y + rows * MM_HADAMARD);
         mm_cpu->rotate_out(y, rows, weight->suh + column, NULL);
     } else {
-        mm_cpu->multiply(y, weight, block, rotated, rows, y + rows * MM_HADAMARD);
+        mm_cpu->multiply(y, weight, block, rotated, run->ld, rows, y + rows * MM_HADAMARD);
         mm_cpu->rotate_out(y, rows, weight->svh + column, weight->bias ? weight->bias + column : NULL);
     }
     int64_t kept = run->out_used - column < MM_HADAMARD ? run->out_used - column : MM_HADAMARD;
@@ -53,7 +54,7 @@ static bool run_linear(struct linear *run) {
     int64_t rows = run->in->rows, blocks = run->out_width / MM_HADAMARD;
     int64_t chunk = rows < CHUNK_ROWS ? rows : CHUNK_ROWS;
     if (!rows) return true;
-    run->rotated = mm_alloc((size_t)(chunk * run->factor * run->in_width) * sizeof(float));
+    run->rotated = mm_alloc((size_t)(chunk * run->ld) * sizeof(float));
     bool done = run->rotated != NULL;
     int64_t block_rows = chunk < MM_ROW_BLOCK ? chunk : MM_ROW_BLOCK;
     size_t scratch_bytes = (size_t)(block_rows * MM_HADAMARD + MM_MULTIPLY_SCRATCH) * sizeof(float);
@@ -70,7 +71,7 @@ static bool run_linear(struct linear *run) {
 bool mm_cpu_linear(const struct mm_rows *x, const struct mm_weight *weight, int64_t out_features, void *y) {
     struct linear run = {
         .in = x, .weight = weight, .in_width = weight->k, .in_used = x->columns, .out_width = weight->n,
-        .out_used = out_features, .factor = 2, .out = y, .transposed = false,
+        .out_used = out_features, .ld = weight->k / MM_HADAMARD * mm_cpu->row_floats(weight->codebook), .out = y, .transposed = false,
     };
     return run_linear(&run);
 }
@@ -78,7 +79,7 @@ bool mm_cpu_linear(const struct mm_rows *x, const struct mm_weight *weight, int6
 bool mm_cpu_linear_backward(const struct mm_rows *grad, const struct mm_weight *weight, int64_t in_features, void *dx) {
     struct linear run = {
         .in = grad, .weight = weight, .in_width = weight->n, .in_used = grad->columns, .out_width = weight->k,
-        .out_used = in_features, .factor = 4, .out = dx, .transposed = true,
+        .out_used = in_features, .ld = 4 * weight->n, .out = dx, .transposed = true,
     };
     return run_linear(&run);
 }

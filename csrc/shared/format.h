@@ -38,6 +38,9 @@ enum mm_codebook {
     MM_CODEBOOK_COUNT
 };
 
+/* The rates of a codebook with half rates, for code that is written out for each. */
+#define MM_ALL_RATES2(X) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(10) X(12) X(14) X(16)
+
 /* 3inst and mcg: the masked word's two halves are binary16 numbers; the weight is their sum, rounded to binary16. */
 #define MM_PAIR_AND 0x8FFF8FFFu
 #define MM_PAIR_XOR 0x3B603B60u
