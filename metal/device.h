@@ -98,8 +98,8 @@ inline void decode_lane(TileWords words, uint lane, thread half* weights) {
 
 // ---- decoding four tiles at once, for the products with few rows ----
 //
-// Eight lanes own a tile, a lane 32 positions: two columns, and RATE2 whole halfwords of the stream. A window is then
-// the high half of a register that holds two neighbouring halfwords and only shifts left, by steps of at most 4: right shifts and
+// Eight lanes own a tile, a lane 32 positions: two columns, and RATE2 whole halfwords of the stream. A window is then a halfword,
+// or the high half of a register that holds two neighbouring ones and only shifts left, by steps of at most 4: right shifts and
 // bit fields cost an Apple GPU 4 cycles, short left shifts ride on an add (tests/agx has the count).
 
 // w << by. `zero` is 0, but only known at run time: it keeps the compiler from merging the steps into a bit field operation.
@@ -133,7 +133,8 @@ inline void load_stream(device const uint* tile, uint at, uint lane, thread usho
 // the caller's loop is unrolled.
 template <int RATE2>
 inline ushort next_state(thread const ushort* halves, int j, uint zero, thread uint& window) {
-  int end = window_end<RATE2>(j), i = (end - 1) / 16, from = max(int(window_end<RATE2>(j - 1)), 16 * i);
+  int end = window_end<RATE2>(j), i = end / 16, from = max(int(window_end<RATE2>(j - 1)), 16 * i);
+  if (end == 16 * i) return halves[i];
   if (from == 16 * i) window = as_type<uint>(ushort2(halves[i + 1], halves[i]));
   window = shift_left(window, uint(end - from), zero);
   return as_type<ushort2>(window).y;

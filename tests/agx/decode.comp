@@ -58,10 +58,14 @@ float raw_value(uint16_t half_state) {
 // next_state
 #define STATE(j, to)                                                                                                  \
   {                                                                                                                   \
-    const int end = ((j) + 1) * RATE2 / 2, i = (end - 1) / 16, from = max((j) * RATE2 / 2, 16 * i);                   \
-    if (from == 16 * i) window = packUint2x16(u16vec2(halves[i + 1], halves[i]));                                     \
-    window = shift_left(window, end - from);                                                                          \
-    to = raw_value(unpackUint2x16(window).y);                                                                         \
+    const int end = ((j) + 1) * RATE2 / 2, i = end / 16, from = max((j) * RATE2 / 2, 16 * i);                         \
+    if (end == 16 * i) {                                                                                              \
+      to = raw_value(halves[i]);                                                                                      \
+    } else {                                                                                                          \
+      if (from == 16 * i) window = packUint2x16(u16vec2(halves[min(i + 1, RATE2)], halves[i]));                       \
+      window = shift_left(window, end - from);                                                                        \
+      to = raw_value(unpackUint2x16(window).y);                                                                       \
+    }                                                                                                                 \
   }
 #define PART(q, quad)                                                                                                 \
   {                                                                                                                   \
