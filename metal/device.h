@@ -96,11 +96,11 @@ inline void decode_lane(TileWords words, uint lane, thread half* weights) {
   }
 }
 
-// ---- decoding two tiles at once, for the products with few rows ----
+// ---- decoding four tiles at once, for the products with few rows ----
 //
-// Half a simdgroup owns a tile, a lane 16 positions: K halfwords of the stream at integer rates. A window is then the high half of
-// a register that holds two neighbouring halfwords and only shifts left, by steps of at most 4: right shifts and bit fields cost
-// an Apple GPU 4 cycles, short left shifts ride on an add (tests/agx has the count).
+// Eight lanes own a tile, a lane 32 positions: two columns, and RATE2 whole halfwords of the stream. A window is then a halfword,
+// or the high half of a register that holds two neighbouring ones and only shifts left, by steps of at most 4: right shifts and
+// bit fields cost an Apple GPU 4 cycles, short left shifts ride on an add (tests/agx has the count).
 
 // w << by. `zero` is 0, but only known at run time: it keeps the compiler from merging the steps into a bit field operation.
 inline uint shift_left(uint w, uint by, uint zero) {
@@ -108,50 +108,36 @@ inline uint shift_left(uint w, uint by, uint zero) {
   return (w << by) + zero;
 }
 
-// states [16]: positions 16 m .. 16 m + 15 (m = lane % 16) of the half's tile.
+// halves [RATE2 + 1]: the halfwords that lane % 8 owns of the tile `at` words from `tile`, after the one before them. `tile` does
+// not change in the callers' loops: a lane's addresses are then pointers that stay and one offset that moves, for all of them.
 template <int RATE2>
-inline void decode_states(device const uint* tile, uint lane, uint zero, thread ushort* states) {
-  uint m = lane & 15;
+inline void load_stream(device const uint* tile, uint at, uint lane, thread ushort* halves) {
+  constexpr uint count = 8 * RATE2;  // of a tile; within a word, the stream's first halfword is the high one
+  uint first = (lane & 7) * RATE2;
+  device const ushort* stream = (device const ushort*)tile;
+  // The halfword before is a neighbour's last, which lies in the same cache line; a load costs no arithmetic.
+  halves[0] = (stream + (((first + count - 1) % count) ^ 1))[2 * ulong(at)];
   if (RATE2 % 2 == 0) {
-    constexpr int K = RATE2 / 2;
-    ushort halves[K];
-    if (K % 2 == 0) {
-      for (int i = 0; i < K; i += 2) {  // within a word, the stream's first half is the high one
-        ushort2 word = as_type<ushort2>(tile[m * (K / 2) + i / 2]);
-        halves[i] = word.y;
-        halves[i + 1] = word.x;
-      }
-    } else {
-      for (int i = 0; i < K; i++) halves[i] = ((device const ushort*)tile)[(m * K + i) ^ 1];
-    }
-    // The halfword before a lane's first: its neighbour's last, which lies in the same cache line; a load costs no arithmetic.
-    ushort before = ((device const ushort*)tile)[((m * K + 16 * K - 1) % (16 * K)) ^ 1];
-    uint window = 0;
-    int at = 0;
-    for (int j = 0; j < 16; j++) {  // all of it is constant but the shifts, once unrolled
-      int end = (j + 1) * K, i = (end - 1) / 16;
-      if (j == 0 || i != (end - K - 1) / 16) {
-        window = as_type<uint>(ushort2(halves[i], i == 0 ? before : halves[i - 1]));
-        at = 16 * i;
-      }
-      window = shift_left(window, uint(end - at), zero);
-      at = end;
-      states[j] = as_type<ushort2>(window).y;
+    device const uint* own = tile + first / 2 + at;
+    for (int i = 0; i < RATE2 / 2; i++) {
+      ushort2 word = as_type<ushort2>(own[i]);
+      halves[1 + 2 * i] = word.y;
+      halves[2 + 2 * i] = word.x;
     }
   } else {
-    constexpr uint words = 4 * RATE2, bits = 32 * words;
-    uint half_lanes = lane & 16, low = m < words ? tile[m] : 0u, high = m + 16 < words ? tile[m + 16] : 0u;
-    for (int j = 0; j < 16; j++) {
-      uint bit = 8 * m * RATE2 + window_end<RATE2>(j) + bits - MM_WINDOW_BITS;
-      if (bit >= bits) bit -= bits;
-      uint index = bit >> 5, next = index + 1 == words ? 0 : index + 1, shift = bit & 31;
-      ushort from = ushort(half_lanes | (index & 15)), from_next = ushort(half_lanes | (next & 15));
-      uint a = simd_shuffle(low, from), b = simd_shuffle(high, from);
-      uint c = simd_shuffle(low, from_next), d = simd_shuffle(high, from_next);
-      uint first = index < 16 ? a : b, second = next < 16 ? c : d;
-      states[j] = ushort((shift == 0 ? first : (first << shift) | (second >> (32 - shift))) >> 16);
-    }
+    for (int i = 0; i < RATE2; i++) halves[1 + i] = (stream + ((first + i) ^ 1))[2 * ulong(at)];
   }
+}
+
+// The state of the lane's position j, in order from 0 on: `window` goes from one to the next. All but the shifts is constant once
+// the caller's loop is unrolled.
+template <int RATE2>
+inline ushort next_state(thread const ushort* halves, int j, uint zero, thread uint& window) {
+  int end = window_end<RATE2>(j), i = end / 16, from = max(int(window_end<RATE2>(j - 1)), 16 * i);
+  if (end == 16 * i) return halves[i];
+  if (from == 16 * i) window = as_type<uint>(ushort2(halves[i + 1], halves[i]));
+  window = shift_left(window, uint(end - from), zero);
+  return as_type<ushort2>(window).y;
 }
 
 // A state's weight up to RAW_SCALE and RAW_BIAS, which are applied once a sum. mul1: the byte sum S, read as a subnormal half

@@ -39,13 +39,12 @@ inline device const uint* tile_at(thread const Expert& expert, uint tile_row, ui
 inline uint row_words(thread const Expert& expert) { return expert.n / 16 * (4 * expert.rate2); }
 
 template <int ROWS>
-inline void multiply_expert(thread const Expert& expert, uint block, uint tile_column, threadgroup const float* x,
+inline void multiply_expert(thread const Expert& expert, device const uint* tiles, uint at, threadgroup const float* x,
                             uint lane, uint zero, thread float* sums) {
-  device const uint* tiles = tile_at(expert, block * 8, tile_column);
   switch (expert.codebook * 32 + expert.rate2) {
 #define X(codebook, rate2)                                                                     \
   case (codebook) * 32 + (rate2):                                                              \
-    multiply_rows<codebook, rate2, ROWS>(tiles, row_words(expert), x, lane, zero, sums);       \
+    multiply_rows<codebook, rate2, ROWS>(tiles, at, row_words(expert), x, lane, zero, sums);   \
     break;
     MM_CASES(X)
 #undef X

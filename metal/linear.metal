@@ -25,7 +25,13 @@ kernel void linear_decode(LINEAR_ARGUMENTS) {
   float sums[2 * MM_ROWS] = {0};
   float x_sum = 0.0f;  // of the row that this simdgroup rotates, over its blocks
   uint zero = uint(ulong(rows) >> 63);
-  for (uint first = 0; first < blocks; first += MM_DECODE_SPLITS) {
+  uint tile_words = 0;
+#define X(codebook, rate2) tile_words = 4 * rate2;
+  MM_CASES(X)
+#undef X
+  device const uint* tiles = trellis + (group.x * 8 + tile) * tile_words;
+  uint row_words = n / 16 * tile_words, at = split * 8 * row_words;
+  for (uint first = 0; first < blocks; first += MM_DECODE_SPLITS, at += MM_DECODE_SPLITS * 8 * row_words) {
     uint block = first + split;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (block < blocks && tile < MM_ROWS) {
@@ -36,9 +42,7 @@ kernel void linear_decode(LINEAR_ARGUMENTS) {
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (block < blocks) {
-#define X(codebook, rate2)                                                                                          \
-  multiply_rows<codebook, rate2, MM_ROWS>(trellis + (ulong(block) * 8 * (n / 16) + group.x * 8 + tile) * (4 * rate2), \
-                                          n / 16 * (4 * rate2), mine, lane, zero, sums);
+#define X(codebook, rate2) multiply_rows<codebook, rate2, MM_ROWS>(tiles, at, row_words, mine, lane, zero, sums);
       MM_CASES(X)
 #undef X
     }

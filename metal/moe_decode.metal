@@ -51,7 +51,9 @@ kernel void moe_gate_up_decode(device const MM_T* x [[buffer(MOE_X)]], device co
   float sums[2 * MM_ROWS] = {0};
   float x_sum = 0.0f;  // of the row that this simdgroup rotates, over its blocks
   uint zero = uint(ulong(tokens) >> 63);
-  for (uint first = 0; first < k / 128; first += splits) {
+  device const uint* tiles = tile_at(mine, 0, group.x * 8 + tile);
+  uint at = split * 8 * row_words(mine);
+  for (uint first = 0; first < k / 128; first += splits, at += splits * 8 * row_words(mine)) {
     uint block = first + split;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (block < k / 128 && tile < MM_ROWS) {
@@ -61,7 +63,7 @@ kernel void moe_gate_up_decode(device const MM_T* x [[buffer(MOE_X)]], device co
       x_sum += simd_sum(sum4(v));
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (block < k / 128) multiply_expert<MM_ROWS>(mine, block, group.x * 8 + tile, rows, lane, zero, sums);
+    if (block < k / 128) multiply_expert<MM_ROWS>(mine, tiles, at, rows, lane, zero, sums);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   store_sums<MM_ROWS>(rows, sums, tile, lane);
@@ -113,7 +115,9 @@ kernel void moe_down_decode(device const float* act [[buffer(DOWN_ACT)]], device
     Expert down = FIND(down, uint(ids[pair]), k, n);
     float sums[2 * MM_ROWS] = {0};
     float x_sum = 0.0f;
-    for (uint first = 0; first < k / 128; first += MM_DECODE_SPLITS) {
+    device const uint* tiles = tile_at(down, 0, group.x * 8 + tile);
+    uint at = split * 8 * row_words(down);
+    for (uint first = 0; first < k / 128; first += MM_DECODE_SPLITS, at += MM_DECODE_SPLITS * 8 * row_words(down)) {
       uint block = first + split;
       threadgroup_barrier(mem_flags::mem_threadgroup);
       if (block < k / 128 && tile < MM_ROWS) {
@@ -123,7 +127,7 @@ kernel void moe_down_decode(device const float* act [[buffer(DOWN_ACT)]], device
         x_sum += simd_sum(sum4(v));
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      if (block < k / 128) multiply_expert<MM_ROWS>(down, block, group.x * 8 + tile, rows, lane, zero, sums);
+      if (block < k / 128) multiply_expert<MM_ROWS>(down, tiles, at, rows, lane, zero, sums);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     store_sums<MM_ROWS>(rows, sums, tile, lane);

@@ -1,28 +1,34 @@
 // The product of rotated rows with 128 columns of a packed weight, in two forms that both decode each tile once.
-//   decode   up to MM_DECODE_ROWS rows: a lane multiplies its 8 weights as it decodes them, sums stay in registers
+//   decode   up to MM_DECODE_ROWS rows: a lane multiplies weights as it decodes them, sums stay in registers
 //   prefill  MM_PREFILL_ROWS rows: a simdgroup decodes a tile into threadgroup memory and multiplies it as 8 x 8 matrices
 // Both work on one block of 128 inputs at a time, rotated by the caller into threadgroup memory.
 #include "device.h"
 
 // ---- decode ----
 
-// sums [2 ROWS] += x [ROWS, 128] (in decoding order) times the 128 inputs x 16 columns whose first tile is `tiles`. The lower
-// half of the simdgroup takes the even tiles, the upper the odd ones; a lane's columns are c = (lane % 16) / 2 and c + 8, its
-// rows of a tile those of q = 2 (lane % 2) and q + 1.
+// sums [2 ROWS] += x [ROWS, 128] (in decoding order) times the 128 inputs x 16 columns whose first tile is `at` words from
+// `tiles`. Each quarter of the simdgroup takes every fourth tile; a lane's columns are c = lane % 8 and c + 8, its rows all 16.
 template <int CODEBOOK, int RATE2, int ROWS>
-inline void multiply_rows(device const uint* tiles, uint row_words, threadgroup const float* x, uint lane, uint zero,
+inline void multiply_rows(device const uint* tiles, uint at, uint row_words, threadgroup const float* x, uint lane, uint zero,
                           thread float* sums) {
-  tiles += (lane >> 4) * row_words;
-  x += (lane >> 4) * 16 + (lane & 1) * 8;
-  for (uint t = 0; t < 8; t += 2) {
-    ushort states[16];
-    decode_states<RATE2>(tiles + t * row_words, lane, zero, states);
-    for (int part = 0; part < 4; part++) {  // 4 rows of column c, of c + 8; the next 4 rows
-      float weights[4];
-      for (int i = 0; i < 4; i++) weights[i] = raw_value<CODEBOOK>(states[4 * part + i]);
+  tiles += (lane >> 3) * row_words;
+  x += (lane >> 3) * 16;
+  // Unrolled, indices of `halves` are constants, and so are the inputs' offsets.
+#pragma unroll
+  for (uint t = 0; t < 8; t += 4, at += 4 * row_words) {
+    ushort halves[RATE2 + 1];
+    uint window = 0;
+    load_stream<RATE2>(tiles, at, lane, halves);
+#pragma unroll
+    for (int q = 0; q < 4; q++) {  // 4 rows of column c, of c + 8: both columns use an input while it is in registers
+      float weights[8];
+      for (int j = 0; j < 8; j++) weights[j] = raw_value<CODEBOOK>(next_state<RATE2>(halves, 8 * q + j, zero, window));
       for (int r = 0; r < ROWS; r++) {
-        float4 v = *(threadgroup const float4*)(x + r * 128 + t * 16 + part / 2 * 4);
-        sums[2 * r + part % 2] += weights[0] * v.x + weights[1] * v.y + weights[2] * v.z + weights[3] * v.w;
+        float4 v = *(threadgroup const float4*)(x + r * 128 + t * 16 + q * 4);
+        for (int side = 0; side < 2; side++) {
+          thread const float* w = weights + 4 * side;
+          sums[2 * r + side] += w[0] * v.x + w[1] * v.y + w[2] * v.z + w[3] * v.w;
+        }
       }
     }
   }
@@ -34,9 +40,9 @@ inline void store_sums(threadgroup float* out, thread const float* sums, uint ti
   for (int r = 0; r < ROWS; r++)
     for (uint side = 0; side < 2; side++) {
       float sum = sums[2 * r + side];
-      sum += simd_shuffle_xor(sum, ushort(1));
+      sum += simd_shuffle_xor(sum, ushort(8));
       sum += simd_shuffle_xor(sum, ushort(16));
-      if ((lane & 17) == 0) out[r * 128 + tile * 16 + side * 8 + (lane >> 1)] = sum;
+      if (lane < 8) out[r * 128 + tile * 16 + side * 8 + lane] = sum;
     }
 }
 

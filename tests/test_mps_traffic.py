@@ -1,8 +1,8 @@
 """What the Metal kernels read of the packed weights, counted load by load in the emulator.
 
 Two counts: the bytes that threadgroups read, each byte once a threadgroup, and the bytes of every load of every lane. A
-lane of a decode kernel also loads the halfword before its own, from the cache line that its neighbour loads: 1 / bits
-more, whatever the number of tokens. Prefill kernels load each byte once a tile of rows.
+lane of a decode kernel also loads the halfword before its own, from the cache line that its neighbour loads:
+1 / (2 bits) more, whatever the number of tokens. Prefill kernels load each byte once a tile of rows.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ GATE, UP, DOWN = 3, 8, 4  # buffer slots of the packed weights (csrc/shared/kern
 ROWS = 32  # rows of a prefill tile
 
 
-def make_experts(bits: int, codebook: str) -> TrellisExperts:
+def make_experts(bits: float, codebook: str) -> TrellisExperts:
     generator = torch.Generator().manual_seed(0)
 
     def one(k: int, n: int) -> TrellisTensor:
-        trellis = torch.randint(-(2**15), 2**15, (k // 16, n // 16, 16 * bits), dtype=torch.int16, generator=generator)
+        trellis = torch.randint(
+            -(2**15), 2**15, (k // 16, n // 16, int(16 * bits)), dtype=torch.int16, generator=generator
+        )
         return TrellisTensor(trellis, torch.ones(k).half(), torch.ones(n).half(), codebook)
 
     sizes = (HIDDEN, INTER), (HIDDEN, INTER), (INTER, HIDDEN)
@@ -44,23 +46,23 @@ def loads(emulated, experts: TrellisExperts, ids: torch.Tensor) -> tuple[int, in
     return sum(r.loaded_by_groups for r in packed), sum(r.loaded for r in packed)
 
 
-def bytes_of(bits: int, experts: int) -> int:
-    return experts * 3 * HIDDEN * INTER * bits // 8
+def bytes_of(bits: float, experts: int) -> int:
+    return int(experts * 3 * HIDDEN * INTER * bits / 8)
 
 
-@pytest.mark.parametrize(("bits", "codebook"), [(2, "mul1"), (3, "mcg"), (4, "3inst")])
-def test_decode_reads_each_chosen_expert_once(emulated, bits: int, codebook: str) -> None:
+@pytest.mark.parametrize(("bits", "codebook"), [(2, "mul1"), (2.5, "mul1"), (3, "mcg"), (4, "3inst")])
+def test_decode_reads_each_chosen_expert_once(emulated, bits: float, codebook: str) -> None:
     """One token or eight: the same experts are the same reads."""
     experts = make_experts(bits, codebook)
     for tokens in (1, 3, 8):
         ids = torch.tensor([[1, 4]] * tokens)
         by_groups, all_loads = loads(emulated, experts, ids)
         assert by_groups == bytes_of(bits, 2)
-        assert all_loads == by_groups + by_groups // bits  # the halfword before: 2 bytes for each 2 * bits bytes
+        assert all_loads == by_groups + by_groups / (2 * bits)  # the halfword before: 2 bytes for each 4 * bits bytes
     ids = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]])
     by_groups, all_loads = loads(emulated, experts, ids)
     assert by_groups == bytes_of(bits, 4)
-    assert all_loads == by_groups + by_groups // bits
+    assert all_loads == by_groups + by_groups / (2 * bits)
 
 
 def test_prefill_reads_once_a_tile_of_rows(emulated) -> None:
