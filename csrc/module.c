@@ -7,6 +7,7 @@
 
 #include "cpu/cpu.h"
 #include "mm.h"
+#include "mps/mps.h"
 
 static const struct mm_kernels *levels[MM_MAX_CPU_LEVELS];
 static int level_count;
@@ -91,8 +92,31 @@ static PyObject *use_mps_emulator(PyObject *self, PyObject *path) {
     return Py_None;
 }
 
+static PyObject *mps_commit_problem(PyObject *self, PyObject *unused) {
+    (void)unused;
+    if (mm_mps_device_type() < 0) return mps_problem(self, NULL);
+    if (!mm_mps._ZN5torch3mps6commitEv) return PyUnicode_FromString("this torch lacks torch::mps::commit()");
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+
+static PyObject *mps_commit(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    PyThreadState *released = PyEval_SaveThread(); /* the stream's queue may be busy with a block of a thread that needs it */
+    const char *message = mm_mps_commit();
+    PyEval_RestoreThread(released);
+    if (message) return PyErr_Format(PyExc_RuntimeError, "mps_commit: %s", message);
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+
 static PyMethodDef methods[] = {
     {"mps_problem", mps_problem, METH_NOARGS, "mps_problem() -> str | None: why the MPS backend is off, None if it is on."},
+    {"mps_commit", mps_commit, METH_NOARGS,
+     "mps_commit(): hands what torch has encoded on its MPS stream to the GPU, without waiting for it. For measuring: torch "
+     "commits by itself. RuntimeError where mps_commit_problem() says why not."},
+    {"mps_commit_problem", mps_commit_problem, METH_NOARGS,
+     "mps_commit_problem() -> str | None: why mps_commit() does not work here, None if it does."},
     {"use_mps_emulator", use_mps_emulator, METH_O,
      "use_mps_emulator(path | None): for tests. CPU tensors go to the MPS backend, whose shim is the library at `path`; None "
      "ends that. Kernels run asynchronously: synchronize the emulator before reading results."},

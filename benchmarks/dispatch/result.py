@@ -61,6 +61,11 @@ class Settings:
     layers: int = 4
     dtype: str = "bfloat16"  # of activations and dense weights
 
+    @property
+    def study_sizes(self) -> bool:
+        """Whether the study's milliseconds were taken at these sizes, so that they may stand beside ours."""
+        return (self.batch, self.hidden, self.intermediate, self.top_k) == (128, 4096, 14336, 4)
+
 
 @dataclass(frozen=True)
 class Published:
@@ -79,7 +84,8 @@ class Series:
     unit     "ms", "us", "bytes"; time is wall time unless a fact says otherwise
     group    series of one group are drawn together; those with equally many samples were taken in turns, so that
              sample i of each comes from round i and differences may be taken round by round
-    x        where the series stands in a sweep (such as the number of command buffers), None outside of sweeps
+    x        where the series stands in a sweep (such as the number of command buffers), None outside of sweeps; series
+             of one group and one name then form a line
     facts    what a reader needs to check the figure: sizes, counts of dispatches
     """
 
