@@ -90,7 +90,9 @@ class Device:
             return _C.mps_commit_problem()
         if self.type == "cpu":
             return "a CPU has no queue to commit to: an op has run when the call returns"
-        return f"{self.type} has no separate commit: every launch goes to the queue at once, so this is the batch column"
+        return (
+            f"{self.type} has no separate commit: every launch goes to the queue at once, so this is the batch column"
+        )
 
     def commit(self) -> None:
         """MPS: hands what is encoded so far to the GPU, without waiting. Elsewhere nothing is held back."""

@@ -48,7 +48,7 @@ class Settings:
 
     device: str = "cpu"  # torch device type: "mps", "cuda", "xpu", "cpu"
     repeats: int = 60  # rounds of each comparison at most; time may end it sooner
-    seconds: float = 100.0  # wall time; for the whole command, and in run() for that experiment
+    seconds: float = 90.0  # wall time; for the whole command, and in run() for that experiment
     timeout: float = 60.0  # seconds to wait for the device before giving up
     threshold: float = 0.15  # improvement, as a fraction, from which pipelining would be worth its complexity
     seed: int = 0

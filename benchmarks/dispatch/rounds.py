@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from benchmarks.dispatch.device import Device
 from benchmarks.dispatch.result import Progress, Settings
 
-WARM_UP = 2
+WARM_UP = 1
 FEWEST = 5  # rounds, whatever the time: less has no quartiles worth printing
 
 

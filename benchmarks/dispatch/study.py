@@ -14,7 +14,11 @@ SYNC_DISPATCH = Published(2.401, note="ms a kernel, waiting for each")
 IN_FLIGHT = {2: Published(1.246), 4: Published(1.304), 8: Published(1.254)}  # ms a kernel, by command buffers in flight
 HANDLER_LATENCY = Published(1.447, note="ms from commit to the completion handler")
 COMMIT = Published(0.072, note="ms in commit")
-ENCODERS = {2: Published(1.11), 4: Published(2.33), 8: Published(4.41)}  # ms in total, by encoders in one command buffer
+ENCODERS = {
+    2: Published(1.11),
+    4: Published(2.33),
+    8: Published(4.41),
+}  # ms in total, by encoders in one command buffer
 
 # Experiment 5, in ms for its whole sequence of ops.
 PER_OP = Published(291.47, note="ms, waiting after every op")
@@ -48,7 +52,8 @@ def arithmetic() -> str:
     difference = PER_OP.value - BATCH.value
     return (
         f"The study: {PER_OP.value} ms waiting after every op, {BATCH.value} ms waiting once. The difference,"
-        f" {difference:.2f} ms, is {difference:.2f} / {BATCH.value} = {of_batch():.1%} of the batch time (what it prints)"
+        f" {difference:.2f} ms, is {difference:.2f} / {BATCH.value} = {of_batch():.1%} of the batch time (what it"
+        " prints)"
         f" and {difference:.2f} / {PER_OP.value} = {of_per_op():.1%} of the per-op time (what a user would save)."
         f" Both are under its threshold of {THRESHOLD:.0%}."
     )
