@@ -11,6 +11,7 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the oracle's small products; before NumPy is imported
 
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ import reference
 import torch
 
 import metal_marlin._C as _C
+
+# `benchmarks` is a folder of the repository and no part of the package; last, so that it shadows nothing
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 BACKENDS = ("cpu",)  # device strings
 

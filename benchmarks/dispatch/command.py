@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", nargs="+", choices=keys, metavar="KEY", help=f"some of: {', '.join(keys)}")
     parser.add_argument("--seconds", type=float, help="time for all experiments (default 90)")
-    parser.add_argument("--repeats", type=int, help="rounds of every comparison, at most (default 60)")
+    parser.add_argument("--repeats", type=int, help="rounds of every comparison, at most (default 100)")
     parser.add_argument("--threshold", type=float, help="improvement that would be worth a pipeline (default 0.15)")
     parser.add_argument("--timeout", type=float, help="seconds to wait for the device before giving up (default 60)")
     parser.add_argument("--threads", type=int, help="torch's threads on the CPU (default: torch's own choice)")

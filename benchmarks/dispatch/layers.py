@@ -40,7 +40,7 @@ class PackedMoE:
         dtype = getattr(torch, s.dtype)
         gate = torch.randn(s.experts, s.hidden, generator=generator).div(s.hidden**0.5)
         self.router = TrellisRouter(gate.to(device, dtype), s.top_k)
-        self.experts = TrellisExperts.from_experts(*tensors).to(device)
+        self.experts = TrellisExperts.from_experts(tensors[0], tensors[1], tensors[2]).to(device)
         self.packed_bytes = sum(tensor.nbytes for stack in tensors for tensor in stack)
         # the loop reads the same bits through single matrices
         self.single = [[TrellisLinear.from_tensor(tensor).to(device) for tensor in stack] for stack in tensors]

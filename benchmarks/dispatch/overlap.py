@@ -6,6 +6,7 @@ Owns the overlap arithmetic. The layer is in layers.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from benchmarks.dispatch import layers, study
 from benchmarks.dispatch.device import Device
 from benchmarks.dispatch.layers import DenseMoE, MoE
-from benchmarks.dispatch.result import Experiment, Figure, Plan, Progress, Published, Series, Settings
+from benchmarks.dispatch.result import Experiment, Fact, Figure, Plan, Progress, Published, Series, Settings
 from benchmarks.dispatch.rounds import in_turns
 from benchmarks.dispatch.spread import Interval, bootstrap
 from benchmarks.dispatch.stream import SWEEP, TOLERANCE, part, plural
@@ -84,7 +85,13 @@ def run_overlap(settings: Settings, progress: Progress) -> Experiment:
         times = in_turns({name: work for name, (_, work, _) in works.items()}, device, s, progress)
     finally:
         device.close()
-    facts = {"batch": s.batch, "hidden": s.hidden, "intermediate": s.intermediate, "top_k": s.top_k, "form": layer.form}
+    facts: dict[str, Fact] = {
+        "batch": s.batch,
+        "hidden": s.hidden,
+        "intermediate": s.intermediate,
+        "top_k": s.top_k,
+        "form": layer.form,
+    }
     series = [
         Series(name, title, "ms", times[name], published, "times", facts=facts)
         for name, (title, _, published) in works.items()
@@ -128,9 +135,8 @@ def run_overlap(settings: Settings, progress: Progress) -> Experiment:
         " router could only run beside another batch's experts, and both would share the same cores and memory."
         f" The study: 2.82 / (2.82 + 4 x 9.45) = {study.overlap():.1%}, with one product standing for each of the top-k"
         " experts. Its router time of 2.82 ms came with a spread of 9.37 ms, more than three times the figure itself."
-        " An expert here has three products, not one, and a batch of tokens routes to all experts, so the share that"
-        " the"
-        " study counts is higher than a layer's own."
+        " An expert here has three products, not one, and a batch of tokens routes to all experts, so a"
+        " router's share of a whole layer is smaller than the study's way of counting says."
     )
     return dataclasses.replace(
         OVERLAP.missing(""),
@@ -184,15 +190,15 @@ def run_fusion(settings: Settings, progress: Progress) -> Experiment:
             checks = check(layer, x)
             weights, ids = layer.route(x)
             works: dict[str, Callable[[], object]] = {
-                "together": lambda x=x, w=weights, i=ids: layer.together(x, w, i),
-                "loop": lambda x=x, w=weights, i=ids: layer.one_by_one(x, w, i),
+                "together": functools.partial(layer.together, x, weights, ids),
+                "loop": functools.partial(layer.one_by_one, x, weights, ids),
             }
             times = in_turns(works, device, share, part(progress, index, len(counts), f"{count} tokens"))
             hit = int(ids.unique().numel())
-            facts = {"batch": count, "experts_hit": hit, "form": layer.form}
+            found: dict[str, Fact] = {"batch": count, "experts_hit": hit, "form": layer.form}
             names = {"together": layer.together_name, "loop": layer.loop_name}
             series += [
-                Series(f"{name}{count}", names[name], "ms", times[name], None, "fusion", count, facts=facts)
+                Series(f"{name}{count}", names[name], "ms", times[name], None, "fusion", count, facts=found)
                 for name in works
             ]
             gain = bootstrap(lambda loop, together: loop / together, times["loop"], times["together"], seed=s.seed)

@@ -110,7 +110,7 @@ def _verdict(report: Report) -> str:
     table = _figures(found.figures) if found.figures else ""
     return (
         f'<section class="verdict" style="--tone: var(--{TONES[found.outcome]})">'
-        f"<b>{escape(found.outcome.capitalize())}</b>"
+        f"<b>{escape(wording.HEADLINES[found.outcome])}</b>"
         f"<p>{escape(found.recommendation)}</p></section>{figure if plot else ''}"
         f"<details><summary>The arithmetic</summary>{table}<p>{escape(found.arithmetic)}</p></details>"
     )

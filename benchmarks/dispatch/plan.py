@@ -38,7 +38,7 @@ NOT_HERE = (
 
 def _placeholder(key: str, number: str, title: str, question: str) -> Plan:
     plan = Plan(
-        key, number, title, question, lambda settings, progress: plan.missing("needs Metal and its C runtime"), 0.01
+        key, number, title, question, lambda settings, progress: plan.missing("needs Metal; not run on a Mac yet"), 0.01
     )
     return plan
 

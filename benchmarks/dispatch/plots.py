@@ -25,11 +25,11 @@ INK = "#123456"  # replaced by the page's text colour in SVG
 COLORS = ("#3f8fd2", "#e0872b", "#2fa37c", "#b06fc9", "#c9a227", "#d1605e")
 STUDY = "#e0559a"
 WIDTH = 8.0  # inches
-FAR = 3.0  # a study figure further off than so many times our range is written at the edge, not drawn to scale
+FAR = 1.6  # a study figure further off than so many times our range is written at the edge, not drawn to scale
 MOST_DOTS = 80
 
 Draw = Callable[[Axes], None]
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 10.0, "axes.titlesize": 10.0,
     "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.titlelocation": "left",
 }  # fmt: skip
@@ -108,15 +108,16 @@ def lines(axes: Axes, members: list[Series], x_label: str) -> None:
     for index, name in enumerate(names):
         color = COLORS[index % len(COLORS)]
         line = sorted((s for s in members if s.name == name and s.x is not None), key=lambda s: s.x or 0.0)
-        where, q = [s.x for s in line], [s.quartiles for s in line]
+        where, q = [float(s.x or 0) for s in line], [s.quartiles for s in line]
         marker = "o" if len(line) > 1 else "s"
         axes.fill_between(where, [v.low for v in q], [v.high for v in q], color=color, alpha=0.22, linewidth=0)
         style = ("-", "--", "-.", ":")[index % 4]  # lines that lie on each other, and readers who see no colours
         axes.plot(where, [v.median for v in q], color=color, marker=marker, markersize=5, linestyle=style, label=name)
-        studied = [(s.x, s.study.value) for s in line if s.study]
+        studied = [(x, s.study.value) for x, s in zip(where, line, strict=True) if s.study]
         if studied:
             axes.scatter(
-                *zip(*studied, strict=True),
+                [x for x, _ in studied],
+                [value for _, value in studied],
                 marker="D",
                 s=44,
                 facecolors="none",
@@ -213,7 +214,7 @@ def png(report: Report) -> bytes:
     """All plots in one picture."""
     drawn: list[tuple[str, float, Draw]] = []
     if report.verdict.figures:
-        title = f"Verdict: {report.verdict.outcome}"
+        title = f"Verdict: {wording.HEADLINES[report.verdict.outcome].lower()}"
         drawn.append((title, 1.3 + 0.42 * len(report.verdict.figures) / 2, lambda axes: summary(axes, report.verdict)))
     for experiment in report.experiments:
         for title, height, draw in parts(experiment):

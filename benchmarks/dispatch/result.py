@@ -47,7 +47,7 @@ class Settings:
     """What was asked for. Sizes are those of one MoE layer, by default the published study's."""
 
     device: str = "cpu"  # torch device type: "mps", "cuda", "xpu", "cpu"
-    repeats: int = 60  # rounds of each comparison at most; time may end it sooner
+    repeats: int = 100  # rounds of each comparison at most; time may end it sooner
     seconds: float = 90.0  # wall time; for the whole command, and in run() for that experiment
     timeout: float = 60.0  # seconds to wait for the device before giving up
     threshold: float = 0.15  # improvement, as a fraction, from which pipelining would be worth its complexity
@@ -181,7 +181,7 @@ class Experiment:
     def __post_init__(self) -> None:
         for name in ("series", "figures", "checks", "notes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        keys = [item.key for item in (*self.series, *self.figures)]
+        keys = [series.key for series in self.series] + [figure.key for figure in self.figures]
         if len(set(keys)) != len(keys):
             raise ValueError(f"experiment {self.key}: two series or figures share a key: {keys}")
         if self.absent is not None and self.series:

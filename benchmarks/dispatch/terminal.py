@@ -110,7 +110,7 @@ def show_verdict(out: Console, found: Verdict) -> None:
     if found.figures:
         out.print(_figures(found.figures))
     out.print(Text(found.arithmetic, style="dim"))
-    title = Text(f"{found.outcome} (threshold {found.threshold:.0%})")
+    title = Text(f"{wording.HEADLINES[found.outcome]} (threshold {found.threshold:.0%})")
     out.print(Panel(Text(found.recommendation), title=title, title_align="left", border_style=STYLES[found.outcome]))
 
 

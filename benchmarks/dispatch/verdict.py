@@ -38,9 +38,10 @@ def decide(settings: Settings, experiments: Sequence[Experiment]) -> Verdict:
     threshold = settings.threshold
     gains: dict[str, tuple[Interval, Interval]] = {}
     for key in WORKLOADS:
-        pair = (stream.find(f"{key}_per_op"), stream.find(f"{key}_batch")) if stream else (None, None)
-        if pair[0] and pair[1] and not (pair[0].emulated or pair[1].emulated):
-            gains[key] = improvement(*pair, seed=settings.seed)
+        per_op = stream.find(f"{key}_per_op") if stream else None
+        batch = stream.find(f"{key}_batch") if stream else None
+        if per_op and batch and not (per_op.emulated or batch.emulated):
+            gains[key] = improvement(per_op, batch, settings.seed)
     figures = []
     for key, (of_batch, of_per_op) in gains.items():
         name = WORKLOADS[key]
@@ -77,14 +78,14 @@ def _outcome(settings: Settings, gains: dict[str, tuple[Interval, Interval]]) ->
     outcome = side(gain, threshold)
     text = {
         WORTH: (
-            f"Queue without waiting. Waiting after every op costs MoE layers {found}, above the threshold of"
-            f" {threshold:.0%}."
-            " PyTorch queues by itself as long as nothing in between asks for a value (.item(), .tolist(), printing)."
+            f"Queueing pays: waiting after every op costs MoE layers {found}, above the threshold of {threshold:.0%}."
+            " PyTorch queues by itself as long as nothing in between asks for a value (.item(), .tolist(),"
+            " printing), so"
+            " there is nothing to build for it: just don't wait."
         ),
         NOT_WORTH: (
-            f"Don't build a pipeline for this. Even waiting after every op costs MoE layers only {found}, under the"
-            " threshold"
-            f" of {threshold:.0%}, and PyTorch already waits less than that."
+            f"Don't build a pipeline for this: even waiting after every op costs MoE layers only {found}, under the"
+            f" threshold of {threshold:.0%}, and PyTorch, which queues, doesn't wait that often."
         ),
         OPEN: (
             f"Not decided. Waiting after every op costs MoE layers {found}, and that interval spans the threshold of"
@@ -100,13 +101,17 @@ def _beyond(experiments: Sequence[Experiment], threshold: float) -> str:
     figures = {f.key: f for e in experiments if not e.emulated for f in e.figures}
     text = ""
     bound = figures.get("potential")
-    if bound is not None:
-        under = "under" if bound.value < threshold else "above"
+    if bound is not None and bound.low is not None and bound.high is not None:
+        what = {
+            NOT_WORTH: "under the threshold, so that is not worth building either",
+            WORTH: "above the threshold; but it is a bound, and only a trial can show how much of it is there to have",
+            OPEN: "which may be on either side of the threshold",
+        }[side(Interval(bound.value, bound.low, bound.high), threshold)]
         text += (
-            " Beyond PyTorch's own queue, a pipeline could at most run routers beside experts, which is bounded by"
-            f" {bound.value:.1%} of the two ({under} the threshold)."
+            " What a pipeline of one's own could add to PyTorch's queue is running routers beside experts: at most"
+            f" {bound.value:.1%} of their time ({bound.low:.1%} to {bound.high:.1%}), {what}."
         )
     commit = figures.get("moe_commit")
     if commit is not None:
-        text += f" Committing after every layer changes {commit.value:+.1%}."
+        text += f" Committing after every layer, without waiting, saves {commit.value:.1%} of the batch time."
     return text

@@ -6,6 +6,12 @@ from benchmarks.dispatch.result import Experiment, Figure, Published, Report
 
 UNITS = {"us": "µs", "x": "×"}
 TITLE = "Does queueing the layers of a mixture of experts pay?"
+HEADLINES = {
+    "worth it": "Queueing without waiting is worth it",
+    "not worth it": "Not worth a pipeline",
+    "inconclusive": "Inconclusive",
+    "not applicable": "Not applicable to this device",
+}
 EMULATED = "emulated, not a measurement"
 INTRO = (
     "A GPU works through a queue: the program puts work in and may go on, or it may wait until the work is done. A"
