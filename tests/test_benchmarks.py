@@ -500,7 +500,7 @@ def test_ctrl_c_leaves_no_file_and_prints_what_it_has(tmp_path: Path) -> None:
         "--device",
         "cpu",
         "--seconds",
-        "300",
+        "14",
         "--repeats",
         "100000",
         "--threads",
