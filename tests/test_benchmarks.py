@@ -28,12 +28,14 @@ from benchmarks.dispatch import (
     command,
     compare,
     files,
+    layers,
     memory,
     overlap,
     page,
     plan,
     plots,
     sizes,
+    stream,
     study,
     terminal,
     verdict,
@@ -56,6 +58,8 @@ from benchmarks.dispatch.result import (
 )
 from benchmarks.dispatch.rounds import FEWEST, in_turns
 from benchmarks.dispatch.spread import bootstrap, quartiles
+from benchmarks.dispatch.workloads import Workload
+from metal_marlin import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = Settings(device="cuda")
@@ -529,3 +533,31 @@ def test_ctrl_c_leaves_no_file_and_prints_what_it_has(tmp_path: Path) -> None:
 def test_sizes_that_do_not_fit_are_refused_with_their_need() -> None:
     with pytest.raises(Refused, match="make --batch, --hidden, --intermediate, --experts or --layers smaller"):
         sizes.check(Settings(**{**sizes.defaults("cpu"), "hidden": 128 * 10**5}), Device("cpu"))
+
+
+def test_commits_through_the_emulator(emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a Mac runs in experiment 5, its ops on the emulated stream: waiting, not waiting and committing after every
+    layer give the same bits. (The residual is torch's own op, which the emulator does not run, and is left out.)"""
+    settings = Settings(device="cpu", batch=2, hidden=128, intermediate=128, experts=4, top_k=2, dtype="float32")
+    layer, x = layers.PackedMoE(settings), layers.tokens(settings, 2)
+    device = Device("cpu")
+    commits = []
+    monkeypatch.setattr(Device, "commits", None)
+    monkeypatch.setattr(Device, "wait", lambda self: emulated.synchronize())
+    monkeypatch.setattr(Device, "commit", lambda self: commits.append(_C.mps_commit()))
+
+    def run(after_op, after_layer):
+        y = x
+        for _ in range(2):
+            y = layer.together(y, *layer.route(y, after_op), after_op)
+            after_layer()
+        return y
+
+    workload = Workload("moe", "layers", run)
+    assert stream.check(workload, device) == "layers: finite, and the same bits however it waits."
+    assert len(commits) == 2
+    assert workload.ops() == 4
+    emulated.synchronize()
+    series, figures = stream.compare(workload, device, Settings(repeats=5), lambda fraction, what: None, "moe")
+    assert [s.key for s in series] == ["moe_per_op", "moe_batch", "moe_commit"]
+    assert [f.key for f in figures] == ["moe_of_batch", "moe_of_per_op", "moe_commit"]

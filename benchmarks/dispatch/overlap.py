@@ -44,7 +44,7 @@ def check(layer: MoE, x: Tensor) -> list[str]:
     """Sentences for the report. AssertionError: the router or the ways to compute experts disagree."""
     weights, ids = layer.route(x)
     router = layer.gate_weight.T if isinstance(layer, DenseMoE) else layer.router.weight
-    scores = torch.softmax(x.double().cpu() @ router.double().cpu().T, -1)
+    scores = torch.softmax(x.cpu().double() @ router.cpu().double().T, -1)  # MPS has no float64
     want, _ = scores.topk(ids.shape[-1])
     picked = scores.gather(-1, ids.cpu())
     # near ties may be picked either way: what counts is that the picked scores are the largest

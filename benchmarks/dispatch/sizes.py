@@ -39,7 +39,7 @@ def needed_bytes(settings: Settings, packed: bool) -> dict[str, int]:
     """Bytes that the run holds at once, part by part; an estimate from the sizes alone, good to a few percent."""
     s, size = settings, element_bytes(settings.dtype)
     matrix, pairs = s.hidden * s.intermediate, s.batch * s.top_k
-    a_weight = BITS / 8 if packed else size
+    a_weight = 2 * BITS / 8 if packed else size  # packed ones are held twice: stacked, and one by one for the loop
     return {
         "experts": int(3 * s.experts * matrix * a_weight),
         "dense expert": 3 * matrix * size + s.layers * s.hidden * s.hidden * size,
