@@ -12,6 +12,7 @@ import dataclasses
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from benchmarks.dispatch.result import Experiment, Plan, Progress, Refused, Repo
 
 INSTALL = "pip install 'metal_marlin[bench]'"
 FORMATS = ("json", "csv", "png", "html")
+REDRAW_SECONDS = 0.2
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -141,18 +143,29 @@ def showing_progress(chosen: list[Plan]) -> Iterator[tuple[Callable[[Plan], Prog
         TimeElapsedColumn(),
         TextColumn("{task.fields[what]}"),
     )
-    with Bars(*columns, console=err, transient=True) as bars:
+    # drawn by hand, between timings: a thread that draws would take Python's lock in the middle of one
+    with Bars(*columns, console=err, transient=True, auto_refresh=False) as bars:
+        drawn = time.monotonic()
         whole = bars.add_task("all", total=len(chosen), what="")
         tasks: dict[str, Any] = {}
 
         def progress_of(one: Plan) -> Progress:
             tasks[one.key] = task = bars.add_task(one.title[:38], total=1.0, what="")
-            return lambda fraction, what: bars.update(task, completed=min(fraction, 1.0), what=what[:24])
+
+            def report(fraction: float, what: str) -> None:
+                nonlocal drawn
+                bars.update(task, completed=min(fraction, 1.0), what=what[:24])
+                if time.monotonic() - drawn > REDRAW_SECONDS:
+                    drawn = time.monotonic()
+                    bars.refresh()
+
+            return report
 
         def finished(experiment: Experiment) -> None:
             if experiment.key in tasks:
                 bars.remove_task(tasks.pop(experiment.key))
             bars.advance(whole)
+            bars.refresh()
 
         yield progress_of, finished
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -250,7 +251,9 @@ class Report:
 
     def to_json(self) -> str:
         """The whole report. `Report.from_json` gives back an equal one."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, allow_nan=False) + "\n"
+        text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, allow_nan=False)
+        # a series' samples on one line, so that two reports can be told apart by diff
+        return re.sub(r"\[\s+([-+.\de,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
