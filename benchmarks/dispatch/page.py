@@ -38,8 +38,8 @@ th { font-weight: 600; color: var(--soft); white-space: nowrap; }
 td.r, th.r { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 td.study { color: var(--study); }
 tr.part td { padding-top: .8rem; color: var(--soft); border-bottom: 0; }
-figure { margin: 1rem 0; }
-figure svg { width: 100%; height: auto; display: block; }
+figure { margin: 1rem 0; overflow-x: auto; }
+figure svg { width: 100%; min-width: 36rem; height: auto; display: block; }
 figure svg text { font-family: inherit !important; }
 figcaption { font-size: .88rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .92rem; }

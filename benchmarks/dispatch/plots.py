@@ -173,7 +173,9 @@ def _ink(axes: Axes, color: str) -> None:
     axes.tick_params(colors=color, labelcolor=color)
     for spine in axes.spines.values():
         spine.set_edgecolor(color)
-    for text in (axes.xaxis.label, axes.yaxis.label, axes.title, *axes.texts):
+    legend = axes.get_legend()
+    named = legend.get_texts() if legend else []
+    for text in (axes.xaxis.label, axes.yaxis.label, axes.title, *axes.texts, *named):
         if text.get_color() in ("black", INK):
             text.set_color(color)
 

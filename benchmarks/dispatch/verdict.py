@@ -69,7 +69,11 @@ def _outcome(settings: Settings, gains: dict[str, tuple[Interval, Interval]]) ->
     found = f"{gain.value:.1%} of the batch time (95 % interval {gain.low:.1%} to {gain.high:.1%})"
     if settings.device == "cpu":
         quiet = gain.low <= 0 <= gain.high or abs(gain.value) < 0.02
-        tail = "as it should be" if quiet else "which is this machine's noise: nothing waits for anything here"
+        tail = (
+            "which is nothing, as it should be"
+            if quiet
+            else "which is this machine's noise: nothing waits for anything here"
+        )
         return NOT_APPLICABLE, (
             "A CPU executes an op before its call returns: there is no queue, so there is nothing to pipeline."
             " Waiting after"
