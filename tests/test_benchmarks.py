@@ -348,6 +348,13 @@ def test_files_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("report.json", "old")]
 
 
+def test_a_file_that_cannot_be_drawn_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "png", lambda report: 1 / 0)
+    outcome = command.save(FULL, {name: tmp_path / name for name in ("png", "json")})
+    assert outcome == {tmp_path / "png": "ZeroDivisionError: division by zero", tmp_path / "json": None}
+    assert [p.name for p in tmp_path.iterdir()] == ["json"]
+
+
 # ---- compare ----
 
 

@@ -100,21 +100,34 @@ def targets(arguments: argparse.Namespace) -> dict[str, Path]:
     return found
 
 
-def save(report: Report, where: dict[str, Path]) -> list[Path]:
-    """Writes the report in each format, whole files only."""
-    if {"png", "html"} & set(where):
-        from benchmarks.dispatch import page, plots
+def save(report: Report, where: dict[str, Path]) -> dict[Path, str | None]:
+    """Writes the report in each format, whole files only. File: None, or why it could not be written; one that fails,
+    a drawing say, costs none of the others."""
+
+    def png() -> bytes:
+        from benchmarks.dispatch import plots
+
+        return plots.png(report)
+
+    def html() -> str:
+        from benchmarks.dispatch import page
+
+        return page.html(report)
 
     makers: dict[str, Callable[[], str | bytes]] = {
         "json": report.to_json,
         "csv": lambda: files.to_csv(report),
-        "png": lambda: plots.png(report),
-        "html": lambda: page.html(report),
+        "png": png,
+        "html": html,
     }
-    made = {path: makers[name]() for name, path in where.items()}  # all of them, before the first is written
-    for path, content in made.items():
-        files.write(path, content)
-    return list(made)
+    outcome: dict[Path, str | None] = {}
+    for name, path in where.items():
+        try:
+            files.write(path, makers[name]())
+            outcome[path] = None
+        except Exception as error:
+            outcome[path] = f"{type(error).__name__}: {error}"
+    return outcome
 
 
 @contextlib.contextmanager
@@ -211,9 +224,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(report.to_json(), end="")
     else:
         terminal.show(out, report)
-    for path in saved:
-        print(f"wrote {path}", file=sys.stderr)
+    for path, problem in saved.items():
+        print(f"dispatch: {path} was not written: {problem}" if problem else f"wrote {path}", file=sys.stderr)
     failed = [e for e in report.experiments if (e.absent or "").startswith(plan.FAILED)]
     for experiment in failed:
         print(f"dispatch: {experiment.title} {experiment.absent}", file=sys.stderr)
-    return EXIT_FAILED if failed else 0
+    return EXIT_FAILED if failed or any(saved.values()) else 0

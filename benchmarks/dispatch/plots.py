@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
@@ -176,7 +177,7 @@ def _ink(axes: Axes, color: str) -> None:
     legend = axes.get_legend()
     named = legend.get_texts() if legend else []
     for text in (axes.xaxis.label, axes.yaxis.label, axes.title, *axes.texts, *named):
-        if text.get_color() in ("black", INK):
+        if to_hex(text.get_color()) in ("#000000", INK):
             text.set_color(color)
 
 
