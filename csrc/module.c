@@ -1,11 +1,13 @@
 /* The Python module metal_marlin._C: finds torch, picks the SIMD level, registers the ops, and hands Python the lists
- * that the C code derives from its X-macros. The ops themselves are reached through torch.ops.metal_marlin. */
+ * that the C code derives from its X-macros. The ops themselves are reached through torch.ops.metal_marlin; what is
+ * Metal's own (metal_types.c) through metal_marlin.metal_queue. */
 #include <Python.h>
 
 #include <stdlib.h>
 #include <string.h>
 
 #include "cpu/cpu.h"
+#include "metal_types.h"
 #include "mm.h"
 #include "mps/mps.h"
 
@@ -239,7 +241,8 @@ static int execute(PyObject *module) {
         }
         registered = true;
     }
-    return add_lists(module) && !PyModule_AddIntConstant(module, "MAX_EXPERTS", MM_MAX_EXPERTS) &&
+    return add_lists(module) && mm_metal_add_types(module, PyModule_GetState(module)) &&
+                   !PyModule_AddIntConstant(module, "MAX_EXPERTS", MM_MAX_EXPERTS) &&
                    !PyModule_AddIntConstant(module, "MAX_TOP_K", MM_MAX_TOP_K) &&
                    !PyModule_AddIntConstant(module, "HADAMARD", MM_HADAMARD) &&
                    !PyModule_AddIntConstant(module, "TILE", MM_TILE)
@@ -247,14 +250,31 @@ static int execute(PyObject *module) {
                : -1;
 }
 
+static int traverse(PyObject *module, visitproc visit, void *arg) {
+    struct mm_metal_state *state = PyModule_GetState(module);
+    return state ? mm_metal_visit_types(state, visit, arg) : 0;
+}
+
+static int clear(PyObject *module) {
+    struct mm_metal_state *state = PyModule_GetState(module);
+    if (state) mm_metal_clear_types(state);
+    return 0;
+}
+
+static void destroy(void *module) { clear(module); }
+
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, NULL}, {0, NULL}};
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "metal_marlin._C",
     .m_doc = "C half of metal_marlin: registers torch.ops.metal_marlin and lists what the kernels know.",
+    .m_size = sizeof(struct mm_metal_state),
     .m_methods = methods,
     .m_slots = slots,
+    .m_traverse = traverse,
+    .m_clear = clear,
+    .m_free = destroy,
 };
 
 PyMODINIT_FUNC PyInit__C(void) {
