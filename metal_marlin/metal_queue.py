@@ -54,7 +54,7 @@ def open_device() -> MetalDevice:
     try:
         return metal_device()
     except RuntimeError as error:
-        if platform.system() == "Darwin":
+        if platform.system() == "Darwin" or ".dylib" not in str(error):
             raise
         raise RuntimeError(f"no Metal device: this is {platform.system()}; expected macOS") from error
 
@@ -69,7 +69,7 @@ def device_problem() -> str | None:
 
 
 def view(buffer: MetalBuffer) -> memoryview:
-    """The buffer's memory as writable bytes, which keeps the buffer alive. `.cast("f")` and the like make numbers of it.
+    """The buffer's memory as writable bytes, which keep the buffer alive; `.cast("f")` makes numbers of them.
 
     The GPU may be writing: read after the command buffer has completed, write before it is committed.
     """
