@@ -1,7 +1,7 @@
 """Metal from C, on the emulator's stand-in for Objective-C's runtime: messages, counts, handlers, events, faults.
 
-The fixture `fake` ends each test with the same question: is every object released that was made, and has the stand-in
-seen no mistake? The last part breaks its rules on purpose, through ctypes, to show that it would have seen one.
+The fixture `fake_metal` ends each test with the same question: is every object released that was made, and has the
+stand-in seen no mistake? The last part breaks its rules on purpose, through ctypes, to show that it would have seen one.
 """
 
 from __future__ import annotations
@@ -46,39 +46,6 @@ kernel void small(device uint* x [[buffer(0)]], uint i [[thread_position_in_grid
 """
 
 
-def collect() -> None:
-    """Frees what only cycles keep, such as the frames of caught exceptions."""
-    if _C.metal_objects():
-        gc.collect()
-
-
-@pytest.fixture
-def metal(emulator_library: Any) -> Iterator[Any]:
-    """The stand-in, with nothing alive in it."""
-    from emulator import metal
-
-    emulator.reset()
-    if not _C.metal_objects():  # pytest keeps those of a test that failed
-        _C.use_metal_fake(metal.path())
-    yield metal
-    collect()
-    if not _C.metal_objects():
-        _C.use_metal_fake(None)
-        metal.forget()
-    emulator.reset()
-
-
-@pytest.fixture
-def fake(metal: Any) -> Iterator[Any]:
-    """The stand-in; afterwards, everything has been released and nothing was reported."""
-    before = (_C.metal_objects(), metal.live())
-    yield metal
-    collect()
-    metal.settle()
-    assert (_C.metal_objects(), metal.live()) == before
-    emulator.synchronize()
-
-
 class Opened:
     """The device, until the test ends: pytest holds what a fixture returns for longer."""
 
@@ -90,7 +57,7 @@ class Opened:
 
 
 @pytest.fixture
-def device(fake: Any) -> Iterator[Any]:
+def device(fake_metal: Any) -> Iterator[Any]:
     opened = Opened()
     yield opened
     del opened.itself
@@ -164,8 +131,8 @@ def test_device(device: Any):
     assert metal_queue.device_problem() is None
 
 
-def test_no_device(fake: Any):
-    with fake.faults(no_device=True), pytest.raises(RuntimeError, match=r"no Metal device: .* is nil"):
+def test_no_device(fake_metal: Any):
+    with fake_metal.faults(no_device=True), pytest.raises(RuntimeError, match=r"no Metal device: .* is nil"):
         metal_queue.open_device()
 
 
@@ -207,7 +174,7 @@ def test_dispatches_and_encoders_run_in_order(device: Any):
     assert work.values() == {expected * 3 + 2}
 
 
-def test_buffers_are_zero_and_views_keep_them(fake: Any, device: Any):
+def test_buffers_are_zero_and_views_keep_them(fake_metal: Any, device: Any):
     work = Work(device)
     assert work.values() == {0}  # the stand-in's new memory is not
     commands, view = work.commands(1, 7), metal_queue.view(work.data)
@@ -217,12 +184,12 @@ def test_buffers_are_zero_and_views_keep_them(fake: Any, device: Any):
     gc.collect()
     commands.commit()
     commands.wait(SOON)
-    assert "MTLBuffer" in fake.live()
+    assert "MTLBuffer" in fake_metal.live()
     assert view.cast("I")[:2].tolist() == [1007, 7]
     del view, commands
     gc.collect()
-    fake.settle()
-    assert "MTLBuffer" not in fake.live()
+    fake_metal.settle()
+    assert "MTLBuffer" not in fake_metal.live()
 
 
 def test_a_pipeline_says_its_limits(device: Any):
@@ -231,7 +198,7 @@ def test_a_pipeline_says_its_limits(device: Any):
     assert device.pipeline(SOURCE, "small").simd_width == 32
 
 
-def test_compilers_messages(fake: Any, device: Any):
+def test_compilers_messages(fake_metal: Any, device: Any):
     with pytest.raises(
         RuntimeError, match=r"(?s)compiler refused the source: .*undeclared.*MTLLibraryErrorDomain, code 3"
     ):
@@ -241,10 +208,13 @@ def test_compilers_messages(fake: Any, device: Any):
         device.pipeline(long, "affine")
     with pytest.raises(RuntimeError, match="name is 'affin'; expected a kernel of the source"):
         device.pipeline(SOURCE, "affin")
-    with fake.faults(no_library=True), pytest.raises(RuntimeError, match="refused the source: a fault was asked for"):
+    with (
+        fake_metal.faults(no_library=True),
+        pytest.raises(RuntimeError, match="refused the source: a fault was asked for"),
+    ):
         device.pipeline(SOURCE, "affine")
     with (
-        fake.faults(no_pipeline=True),
+        fake_metal.faults(no_pipeline=True),
         pytest.raises(RuntimeError, match="of the kernel 'affine': Compiler encountered"),
     ):
         device.pipeline(SOURCE, "affine")
@@ -287,9 +257,9 @@ def test_times(device: Any):
     assert t.committing_ns <= t.scheduled_ns <= t.completed_ns
 
 
-def test_handlers_may_come_after_metals_own_wait(fake: Any, device: Any):
+def test_handlers_may_come_after_metals_own_wait(fake_metal: Any, device: Any):
     work = Work(device)
-    with fake.faults(handler_delay_us=100_000):
+    with fake_metal.faults(handler_delay_us=100_000):
         commands = work.commands()
         commands.commit()
         commands.wait_until_completed()
@@ -300,9 +270,9 @@ def test_handlers_may_come_after_metals_own_wait(fake: Any, device: Any):
     assert times.completed_ns - times.gpu_end_ns > 50_000_000
 
 
-def test_timeout_and_late_completion(fake: Any, device: Any):
+def test_timeout_and_late_completion(fake_metal: Any, device: Any):
     work = Work(device)
-    with fake.faults(stall=True):
+    with fake_metal.faults(stall=True):
         commands = work.commands()
         commands.commit()
         start = time.monotonic()
@@ -317,27 +287,27 @@ def test_timeout_and_late_completion(fake: Any, device: Any):
     assert work.values() == {1}
 
 
-def test_giving_up_leaks_nothing(fake: Any, device: Any):
+def test_giving_up_leaks_nothing(fake_metal: Any, device: Any):
     """The waiter lets go of all it has; the handlers come later, and the fixture finds nothing left."""
     work = Work(device)
     view = metal_queue.view(work.data)
-    with fake.faults(stall=True):
+    with fake_metal.faults(stall=True):
         commands = work.commands()
         commands.commit()
         with pytest.raises(TimeoutError):
             commands.wait(0.01)
         del commands, work
         gc.collect()
-        assert "2 blocks" in fake.live() or "1 blocks" in fake.live()  # the scheduled handler may have run
+        assert "2 blocks" in fake_metal.live() or "1 blocks" in fake_metal.live()  # the scheduled handler may have run
         assert set(view.cast("I")) == {0}
-    fake.settle()
+    fake_metal.settle()
     assert set(view.cast("I")) == {1}
 
 
 @pytest.mark.parametrize("wait", ["wait", "wait_until_completed"])
-def test_an_error_is_told_in_metals_words(fake: Any, device: Any, wait: str):
+def test_an_error_is_told_in_metals_words(fake_metal: Any, device: Any, wait: str):
     work = Work(device)
-    with fake.faults(error=True):
+    with fake_metal.faults(error=True):
         commands = work.commands()
         commands.commit()
         with pytest.raises(
@@ -353,7 +323,7 @@ def test_an_error_is_told_in_metals_words(fake: Any, device: Any, wait: str):
     assert work.values() == {1}
 
 
-def test_waiting_leaves_python_to_others(fake: Any, device: Any):
+def test_waiting_leaves_python_to_others(fake_metal: Any, device: Any):
     """While one thread waits in C, this one runs, commits elsewhere and ends the stall."""
     work = Work(device)
     waited: list[str] = []
@@ -362,7 +332,7 @@ def test_waiting_leaves_python_to_others(fake: Any, device: Any):
         method()
         waited.append(commands.status)
 
-    with fake.faults(stall=True):
+    with fake_metal.faults(stall=True):
         commands = work.commands()
         commands.commit()
         threads = [threading.Thread(target=wait, args=(m,)) for m in (commands.wait, commands.wait_until_completed)]
@@ -378,11 +348,11 @@ def test_waiting_leaves_python_to_others(fake: Any, device: Any):
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
 @pytest.mark.parametrize("what", ["commands", "event"])
-def test_ctrl_c_ends_a_wait(fake: Any, device: Any, what: str):
+def test_ctrl_c_ends_a_wait(fake_metal: Any, device: Any, what: str):
     work, event = Work(device), device.event()
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
-        with fake.faults(stall=True):
+        with fake_metal.faults(stall=True):
             commands = work.commands()
             commands.commit()
             signal.setitimer(signal.ITIMER_REAL, 0.05)
@@ -418,7 +388,7 @@ def test_an_event_orders_two_queues(device: Any):
     assert event.value == 1
 
 
-def test_the_cpu_takes_part(fake: Any, device: Any):
+def test_the_cpu_takes_part(fake_metal: Any, device: Any):
     work, event = Work(device), device.event()
     assert event.value == 0
     commands = work.queue.commands()
@@ -434,7 +404,7 @@ def test_the_cpu_takes_part(fake: Any, device: Any):
     assert work.values() == {1}
     event.value = 2  # events only grow
     assert event.value == 6
-    with fake.faults(old_system=True), pytest.raises(RuntimeError, match="macOS 12"):
+    with fake_metal.faults(old_system=True), pytest.raises(RuntimeError, match="macOS 12"):
         event.wait(7, SOON)
 
 
@@ -464,10 +434,10 @@ def test_dropping_at_any_time(device: Any):
     assert event.value == 0
 
 
-def test_no_more_in_flight_than_the_limit(fake: Any, device: Any):
+def test_no_more_in_flight_than_the_limit(fake_metal: Any, device: Any):
     """Metal would wait for ever for the first of them."""
     work = Work(device, device.queue(limit=2))
-    with fake.faults(stall=True):
+    with fake_metal.faults(stall=True):
         first, second = work.commands(), work.commands()
         first.commit()
         with pytest.raises(
@@ -479,11 +449,11 @@ def test_no_more_in_flight_than_the_limit(fake: Any, device: Any):
         second.commit()
     second.wait(SOON)
     work.commands().commit()
-    fake.settle()
+    fake_metal.settle()
     assert work.values() == {3}
 
 
-def test_many_and_threads(fake: Any, device: Any):
+def test_many_and_threads(fake_metal: Any, device: Any):
     """Four threads, a queue each, 60 command buffers with 8 in flight; every kernel ran exactly once, in order."""
     failures: list[BaseException] = []
     works = [Work(device, device.queue(8)) for _ in range(4)]
@@ -651,9 +621,9 @@ def test_bad_arguments(device: Any, call: Any, error: type[Exception], message: 
     ("no_commands", lambda d, w: w.queue.commands(), RuntimeError, "Metal made no command buffer"),
     ("no_encoder", lambda d, w: w.queue.commands().begin(), RuntimeError, "Metal made no compute encoder"),
 ])  # fmt: skip
-def test_nil(fake: Any, device: Any, fault: str, call: Any, error: type[Exception], message: str):
+def test_nil(fake_metal: Any, device: Any, fault: str, call: Any, error: type[Exception], message: str):
     work = Work(device)
-    with fake.faults(**{fault: True}):
+    with fake_metal.faults(**{fault: True}):
         for _ in range(70):  # more than a queue's limit: failed ones take no place
             with pytest.raises(error, match=message):
                 call(device, work)
