@@ -21,11 +21,14 @@ struct mm_metal_in_flight *mm_metal_in_flight_new(int limit) {
     atomic_init(&in_flight->references, 1);
     atomic_init(&in_flight->taken, 0);
     in_flight->limit = limit;
+    mm_metal_count(1);
     return in_flight;
 }
 
 void mm_metal_in_flight_drop(struct mm_metal_in_flight *in_flight) {
-    if (in_flight && atomic_fetch_sub(&in_flight->references, 1) == 1) free(in_flight);
+    if (!in_flight || atomic_fetch_sub(&in_flight->references, 1) != 1) return;
+    free(in_flight);
+    mm_metal_count(-1);
 }
 
 bool mm_metal_in_flight_enter(struct mm_metal_in_flight *in_flight) {
@@ -54,6 +57,7 @@ struct mm_metal_completion *mm_metal_completion_new(struct mm_metal_in_flight *i
     pthread_cond_init(&completion->completed, NULL);
     atomic_fetch_add(&in_flight->references, 1);
     completion->in_flight = in_flight;
+    mm_metal_count(1);
     return completion;
 }
 
@@ -63,6 +67,7 @@ void mm_metal_completion_drop(struct mm_metal_completion *completion) {
     pthread_cond_destroy(&completion->completed);
     pthread_mutex_destroy(&completion->lock);
     free(completion);
+    mm_metal_count(-1);
 }
 
 /* The pthread clock that every system has is the calendar's. Whoever steps it can lengthen one of these waits, so they are

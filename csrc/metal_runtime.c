@@ -117,6 +117,7 @@ void mm_metal_release(mm_id object) {
 }
 
 long mm_metal_owned(void) { return atomic_load(&owned); }
+void mm_metal_count(int change) { atomic_fetch_add(&owned, change); }
 
 mm_id mm_metal_string(const char *text) {
     return mm_metal_own(MM_SEND(init_utf8, MM_ASK(alloc, string_class), text));

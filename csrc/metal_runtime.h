@@ -146,8 +146,10 @@ mm_id mm_metal_own(mm_id object);
 /* Retains an object that is not, such as an autoreleased one. */
 mm_id mm_metal_retain(mm_id object);
 void mm_metal_release(mm_id object);
-/* Objects owned now; 0 when everything has been released. */
+/* Objects owned now, and what mm_metal_count was told of; 0 when everything has been released. */
 long mm_metal_owned(void);
+/* Counts plain memory in, +1 or -1, that Metal may hold on to. */
+void mm_metal_count(int change);
 
 /* A new NSString; release it. NULL if `text` is not UTF-8. */
 mm_id mm_metal_string(const char *text);

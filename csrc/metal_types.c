@@ -528,7 +528,7 @@ static PyObject *use_fake(PyObject *module, PyObject *path) {
 PyMethodDef mm_metal_methods[] = {
     {"metal_device", open_device, METH_NOARGS,
      "metal_device() -> MetalDevice: the default GPU, through Metal itself rather than PyTorch. RuntimeError says why there is none."},
-    {"metal_objects", count_objects, METH_NOARGS, "metal_objects() -> int: Metal objects that this extension holds now."},
+    {"metal_objects", count_objects, METH_NOARGS, "metal_objects() -> int: what this extension holds of Metal's now, handlers that have yet to come included."},
     {"use_metal_fake", use_fake, METH_O,
      "use_metal_fake(path | None): for tests. The library at `path` stands in for Objective-C's runtime and Metal; None ends that. "
      "RuntimeError while Metal objects are held."},

@@ -201,10 +201,11 @@ def emulator(emulator_library: Any) -> EmulatedRuns:
     return EmulatedRuns(emulator_library)
 
 
-def _collect() -> None:
-    """Frees what only cycles keep, such as the frames of caught exceptions."""
+def _collect(metal: Any) -> None:
+    """Frees what only cycles keep, such as the frames of caught exceptions, and waits for late handlers."""
     if _C.metal_objects():
         gc.collect()
+    metal.settle()
 
 
 @pytest.fixture
@@ -217,7 +218,7 @@ def metal(emulator_library: Any) -> Iterator[Any]:
     if not _C.metal_objects():  # pytest keeps those of a test that failed
         _C.use_metal_fake(metal.path())
     yield metal
-    _collect()
+    _collect(metal)
     if not _C.metal_objects():
         _C.use_metal_fake(None)
         metal.forget()
@@ -231,7 +232,6 @@ def fake_metal(metal: Any) -> Iterator[Any]:
 
     before = (_C.metal_objects(), metal.live())
     yield metal
-    _collect()
-    metal.settle()
+    _collect(metal)
     assert (_C.metal_objects(), metal.live()) == before
     emulator.synchronize()

@@ -137,7 +137,7 @@ def test_no_device(fake_metal: Any):
 
 
 def test_the_library_stays_while_objects_live(device: Any):
-    with pytest.raises(RuntimeError, match="1 Metal objects are alive; expected none"):
+    with pytest.raises(RuntimeError, match=r"1 Metal objects are alive; expected none"):
         _C.use_metal_fake(None)
     assert device.name
 
@@ -268,6 +268,18 @@ def test_handlers_may_come_after_metals_own_wait(fake_metal: Any, device: Any):
         commands.wait(SOON)
     times = commands.times()
     assert times.completed_ns - times.gpu_end_ns > 50_000_000
+
+
+def test_the_handler_wakes_the_waiter(fake_metal: Any, device: Any):
+    """At once, and not at the waiter's next look."""
+    work, delays = Work(device), []
+    with fake_metal.faults(handler_delay_us=5000):  # so that the waiter sleeps by then
+        for _ in range(10):
+            commands = work.commands()
+            commands.commit()
+            commands.wait(SOON)
+            delays.append(time.perf_counter_ns() - commands.times().completed_ns)
+    assert min(delays) < 20_000_000  # it looks every 50 ms
 
 
 def test_timeout_and_late_completion(fake_metal: Any, device: Any):
@@ -451,6 +463,11 @@ def test_no_more_in_flight_than_the_limit(fake_metal: Any, device: Any):
     work.commands().commit()
     fake_metal.settle()
     assert work.values() == {3}
+    del first, second
+    kept = [work.queue.commands(), work.queue.commands()]  # each of the three gave back one place, not more
+    with pytest.raises(RuntimeError, match="expected fewer than its limit of 2"):
+        work.queue.commands()
+    del kept
 
 
 def test_many_and_threads(fake_metal: Any, device: Any):
