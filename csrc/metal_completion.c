@@ -99,8 +99,8 @@ void mm_metal_completion_times(struct mm_metal_completion *completion, uint64_t 
 }
 
 /* ---- blocks (clang's "Block Implementation Specification") ----
- * What a compiler makes of ^(id buffer) { ... completion ... }: a struct on the stack whose first word says so. Metal keeps it by
- * _Block_copy, which copies `size` bytes to the heap and calls `copy`; when it lets go, the runtime calls `dispose`. */
+ * What a compiler makes of ^(id buffer) { ... completion ... }: a struct on the stack whose first word says so. Metal keeps it
+ * by _Block_copy, which copies `size` bytes to the heap and calls `copy`; when it lets go, the runtime calls `dispose`. */
 
 enum { HAS_COPY_DISPOSE = 1 << 25, HAS_SIGNATURE = 1 << 30 };
 
@@ -150,7 +150,8 @@ static void on_completed(struct block *block, mm_id command_buffer) {
 }
 
 void mm_metal_completion_attach(struct mm_metal_completion *completion, mm_id command_buffer) {
-    struct block block = {mm_metal._NSConcreteStackBlock, HAS_COPY_DISPOSE | HAS_SIGNATURE, 0, on_scheduled, &descriptor, completion};
+    const int flags = HAS_COPY_DISPOSE | HAS_SIGNATURE;
+    struct block block = {mm_metal._NSConcreteStackBlock, flags, 0, on_scheduled, &descriptor, completion};
     MM_SEND(add_scheduled, command_buffer, &block);
     block.invoke = on_completed;
     MM_SEND(add_completed, command_buffer, &block);

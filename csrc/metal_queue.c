@@ -161,7 +161,8 @@ void mm_metal_queue_free(struct mm_metal_queue *queue) {
 struct mm_metal_commands *mm_metal_commands_new(struct mm_metal_queue *queue, struct mm_metal_problem *problem) {
     /* [queue commandBuffer] waits while all are in use; if none of them has been committed, for ever. */
     if (!mm_metal_in_flight_enter(queue->in_flight))
-        return mm_metal_fail(problem, "the queue has %d command buffers that have not completed; expected fewer than its limit of %d",
+        return mm_metal_fail(problem,
+                             "the queue has %d command buffers that have not completed; expected fewer than its limit of %d",
                              queue->limit, queue->limit),
                NULL;
     void *pool = mm_metal_pool_open();
@@ -195,7 +196,8 @@ static void close_encoder(struct mm_metal_commands *commands) {
 void mm_metal_commands_free(struct mm_metal_commands *commands) {
     if (!commands) return;
     if (commands->encoder) close_encoder(commands); /* Metal ends the process when an open one is released */
-    if (atomic_load(&commands->phase) == MM_METAL_ENCODING) mm_metal_in_flight_leave(commands->in_flight); /* else its handler does */
+    /* Once committed, its handler gives the place back. */
+    if (atomic_load(&commands->phase) == MM_METAL_ENCODING) mm_metal_in_flight_leave(commands->in_flight);
     void *pool = mm_metal_pool_open();
     mm_metal_release(commands->buffer);
     mm_metal_pool_close(pool);
@@ -206,7 +208,8 @@ void mm_metal_commands_free(struct mm_metal_commands *commands) {
 static bool may(struct mm_metal_commands *commands, bool encoding, const char *what, struct mm_metal_problem *problem) {
     if (atomic_load(&commands->phase) != MM_METAL_ENCODING)
         return mm_metal_fail(problem, "%s: the command buffer has been committed; expected one that has not", what);
-    if (encoding && !commands->encoder) return mm_metal_fail(problem, "%s: no encoder is open; expected begin() before it", what);
+    if (encoding && !commands->encoder)
+        return mm_metal_fail(problem, "%s: no encoder is open; expected begin() before it", what);
     if (!encoding && commands->encoder) return mm_metal_fail(problem, "%s: an encoder is open; expected end() before it", what);
     return true;
 }
@@ -243,7 +246,8 @@ bool mm_metal_commands_end(struct mm_metal_commands *commands, struct mm_metal_p
     return true;
 }
 
-bool mm_metal_commands_signal(struct mm_metal_commands *commands, mm_id event, uint64_t value, struct mm_metal_problem *problem) {
+bool mm_metal_commands_signal(struct mm_metal_commands *commands, mm_id event, uint64_t value,
+                              struct mm_metal_problem *problem) {
     if (!may(commands, false, "signal", problem)) return false;
     void *pool = mm_metal_pool_open();
     MM_SEND(encode_signal, commands->buffer, event, value);

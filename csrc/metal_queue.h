@@ -1,6 +1,6 @@
 /* Work on Metal queues of our own, next to PyTorch's stream: kernels, shared buffers, command buffers, events.
- * Knows no Python. Objects are independent: Metal itself keeps what a committed command buffer uses. Functions that can fail write
- * the problem and return NULL or false. Not for two threads at a time on one command buffer, but for waiting. */
+ * Knows no Python. Objects are independent: Metal itself keeps what a committed command buffer uses. Functions that can fail
+ * write the problem and return NULL or false. Not for two threads at a time on one command buffer, but for waiting. */
 #ifndef MM_METAL_QUEUE_H
 #define MM_METAL_QUEUE_H
 
@@ -76,12 +76,13 @@ bool mm_metal_commands_dispatch(struct mm_metal_commands *commands, const struct
                                 const struct mm_metal_argument *arguments, int argument_count, struct mm_metal_size grid,
                                 struct mm_metal_size group, int64_t count, struct mm_metal_problem *problem);
 bool mm_metal_commands_end(struct mm_metal_commands *commands, struct mm_metal_problem *problem);
-bool mm_metal_commands_signal(struct mm_metal_commands *commands, mm_id event, uint64_t value, struct mm_metal_problem *problem);
+bool mm_metal_commands_signal(struct mm_metal_commands *commands, mm_id event, uint64_t value,
+                              struct mm_metal_problem *problem);
 bool mm_metal_commands_wait_for(struct mm_metal_commands *commands, mm_id event, uint64_t value,
                                 struct mm_metal_problem *problem);
 
-/* False: may not be committed now. Else nobody else may commit it or encode into it, and mm_metal_commands_commit has to follow: so
- * that the claim can be made under a lock, and the commit outside of it. */
+/* False: may not be committed now. Else nobody else may commit it or encode into it, and mm_metal_commands_commit has to
+ * follow: so that the claim can be made under a lock, and the commit outside of it. */
 bool mm_metal_commands_claim(struct mm_metal_commands *commands, struct mm_metal_problem *problem);
 void mm_metal_commands_commit(struct mm_metal_commands *commands);
 /* Metal's own waitUntilCompleted: as long as it takes. Committed command buffers only, as for what follows. */

@@ -91,7 +91,8 @@ bool mm_metal_load(const char *fake, struct mm_metal_problem *problem) {
 
 bool mm_metal_unload(struct mm_metal_problem *problem) {
     long alive = mm_metal_owned();
-    if (alive) return mm_metal_fail(problem, "%ld Metal objects are alive; expected none when another library takes over", alive);
+    if (alive)
+        return mm_metal_fail(problem, "%ld Metal objects are alive; expected none when another library takes over", alive);
     loaded = UNLOADED;
     return true;
 }
