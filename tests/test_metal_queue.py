@@ -1,7 +1,7 @@
 """Metal from C, on the emulator's stand-in for Objective-C's runtime: messages, counts, handlers, events, faults.
 
 The fixture `fake_metal` ends each test with the same question: is every object released that was made, and has the
-stand-in seen no mistake? The last part breaks its rules on purpose, through ctypes, to show that it would have seen one.
+stand-in seen no mistake? The last part breaks its rules on purpose, through ctypes: it would have seen one.
 """
 
 from __future__ import annotations

@@ -83,7 +83,9 @@ class MetalWork:
         self.steps = 3 if self.emulated else self._calibrate()
 
     def _first(self) -> np.ndarray:
-        return np.arange(self.threads, dtype=np.uint32) * np.uint32(2654435761)
+        """What every word begins with: all different."""
+        words: np.ndarray = np.arange(self.threads, dtype=np.uint32) * np.uint32(2654435761)
+        return words
 
     def _calibrate(self) -> int:
         """Steps that take the GPU about TARGET_MS. It also gets the clocks up, and shows that the GPU answers."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -42,7 +42,7 @@ class Waited:
 
 
 def timed(
-    variants: dict[str, Callable[[], object]], settings: Settings, progress: Progress
+    variants: Mapping[str, Callable[[], object]], settings: Settings, progress: Progress
 ) -> dict[str, tuple[float, ...]]:
     """Wall milliseconds of each variant, taken in turns."""
     return in_turns(variants, Waited(), settings, progress)  # type: ignore[arg-type, unused-ignore]
@@ -130,9 +130,9 @@ def measure_sync(work: MetalWork, settings: Settings, progress: Progress) -> dic
     wall = {name: tuple(ms / count for ms in samples) for name, samples in times.items()}
     busy = {name: tuple(gpu[name][-len(samples) :]) for name, samples in wall.items()}
     names = {
-        "blocking": "commit, waitUntilCompleted, for each kernel",
-        "handler": "commit, wait for the completion handler, for each kernel",
-        "queued": "commit all, then wait",
+        "blocking": "waitUntilCompleted for each",
+        "handler": "completion handler for each",
+        "queued": "all committed, then waited",
     }
     facts = {"kernels": count}
     series = [
@@ -148,7 +148,7 @@ def measure_sync(work: MetalWork, settings: Settings, progress: Progress) -> dic
         for name in names
     ]
     series += [
-        Series(f"gpu_{name}", f"GPU time of a kernel: {names[name]}", "ms", busy[name], None, "GPU", facts=facts)
+        Series(f"gpu_{name}", f"GPU time: {names[name]}", "ms", busy[name], None, "GPU", facts=facts)
         for name in ("blocking", "queued")
     ]
     seed = settings.seed
@@ -200,10 +200,10 @@ def measure_in_flight(work: MetalWork, settings: Settings, progress: Progress) -
     variants = {f"{kind}{n}": partial(window, n, kind == "own") for kind in ("chain", "own") for n in IN_FLIGHT}
     times = timed(variants, settings, progress)
     each = {name: tuple(ms / kernels for ms in samples) for name, samples in times.items()}
-    groups = {"chain": "each kernel needs the last", "own": "kernels are independent"}
+    groups = {"chain": "in a chain", "own": "independent"}
     series = [
         Series(
-            f"{kind}{n}", f"{n} in flight, {group}", "ms", each[f"{kind}{n}"],
+            f"{kind}{n}", group, "ms", each[f"{kind}{n}"],
             study.IN_FLIGHT.get(n) if kind == "chain" else None, group, n, facts={"kernels": kernels},
         )
         for kind, group in groups.items()
@@ -275,10 +275,11 @@ def measure_handlers(work: MetalWork, settings: Settings, progress: Progress) ->
     times = timed({"work": partial(once, "work", 0), "empty": partial(once, "empty", 1)}, settings, progress)
     taken = {name: found[name][-len(samples) :] for name, samples in times.items()}
     labels = {key: label for key, (label, *_) in STAGES.items()} | {"wake": "the handler to the waiting thread"}
-    groups = {"work": "a millisecond's kernel", "empty": "next to no work"}
+    groups = {"work": "a millisecond of work", "empty": "next to no work"}
     series = [
         Series(
-            f"{name}_{key}", label, "ms", tuple(stage[key] for stage in taken[name]),
+            f"{name}_{key}", label if name == "work" else f"{label}, no work", "ms",
+            tuple(stage[key] for stage in taken[name]),
             STAGES[key][3] if name == "work" and key in STAGES else None, group,
         )
         for name, group in groups.items()
@@ -323,10 +324,10 @@ def measure_encoders(work: MetalWork, settings: Settings, progress: Progress) ->
         f"one{n}": partial(total, 1, n) for n in ENCODERS
     }
     times = timed(variants, settings, progress)
-    groups = {"encoders": "N encoders, a kernel each", "one": "one encoder, N kernels"}
+    groups = {"encoders": "an encoder each", "one": "one encoder for all"}
     series = [
         Series(
-            f"{kind}{n}", f"{n} kernels: {group}", "ms", times[f"{kind}{n}"],
+            f"{kind}{n}", group, "ms", times[f"{kind}{n}"],
             study.ENCODERS.get(n) if kind == "encoders" else None, group, n,
         )
         for kind, group in groups.items()
@@ -432,7 +433,7 @@ def measure_events(work: MetalWork, settings: Settings, progress: Progress) -> d
     }  # fmt: skip
 
 
-SYNC = Plan(
+SYNC: Plan = Plan(
     "sync",
     "1",
     "Waiting for each kernel",
@@ -440,7 +441,7 @@ SYNC = Plan(
     lambda settings, progress: run(SYNC, measure_sync, 1, settings, progress),
     0.5,
 )
-FLIGHT = Plan(
+FLIGHT: Plan = Plan(
     "in_flight",
     "2",
     "Command buffers in flight",
@@ -448,7 +449,7 @@ FLIGHT = Plan(
     lambda settings, progress: run(FLIGHT, measure_in_flight, max(IN_FLIGHT), settings, progress),
     1.0,
 )
-HANDLERS = Plan(
+HANDLERS: Plan = Plan(
     "handlers",
     "3",
     "Completion handlers",
@@ -456,7 +457,7 @@ HANDLERS = Plan(
     lambda settings, progress: run(HANDLERS, measure_handlers, 1, settings, progress),
     0.5,
 )
-MULTI_ENCODER = Plan(
+MULTI_ENCODER: Plan = Plan(
     "encoders",
     "4",
     "Several encoders in one command buffer",
@@ -464,7 +465,7 @@ MULTI_ENCODER = Plan(
     lambda settings, progress: run(MULTI_ENCODER, measure_encoders, 1, settings, progress),
     0.7,
 )
-EVENTS = Plan(
+EVENTS: Plan = Plan(
     "events",
     "",
     "Shared events between two queues",
