@@ -16,7 +16,7 @@ from metal_marlin import metal_queue
 emulator = pytest.importorskip("emulator")
 pytest.importorskip("benchmarks.dispatch.result", reason="benchmarks/ is not on the path")
 from benchmarks.dispatch import metal_work, queue  # noqa: E402
-from benchmarks.dispatch.result import NotMeasured, Plan, Settings  # noqa: E402
+from benchmarks.dispatch.result import NotMeasured, Plan, Report, Settings  # noqa: E402
 
 TINY = Settings(repeats=5, seconds=0.1, timeout=20.0)
 PLANS = [pytest.param(plan, id=plan.key) for plan in queue.EXPERIMENTS]
@@ -65,19 +65,21 @@ def test_runs_and_is_no_measurement(fake_metal: Any, plan: Plan):
         _ = found.series[0].median
 
 
+class Unmarked(metal_work.MetalWork):
+    """Does not say that it is emulated."""
+
+    def __init__(self, timeout: float, slots: int) -> None:
+        super().__init__(timeout, slots)
+        self.emulated = False
+
+
 COUNTS = {"sync": 5, "in_flight": 10, "handlers": 14, "encoders": 10, "events": 4}
 FIGURES = {"sync": 3, "in_flight": 8, "handlers": 1, "encoders": 1, "events": 2}
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_figures(fake_metal: Any, plan: Plan, monkeypatch: pytest.MonkeyPatch):
-    """As on a GPU: the work is not marked, so figures come with their intervals and formulas."""
-
-    class Unmarked(metal_work.MetalWork):
-        def __init__(self, timeout: float, slots: int) -> None:
-            super().__init__(timeout, slots)
-            self.emulated = False
-
+    """As on a GPU: figures come with their intervals and formulas."""
     monkeypatch.setattr(queue, "MetalWork", Unmarked)
     found = plan.run(TINY, silent)
     assert (len(found.series), len(found.figures)) == (COUNTS[plan.key], FIGURES[plan.key])
@@ -92,6 +94,24 @@ def test_figures(fake_metal: Any, plan: Plan, monkeypatch: pytest.MonkeyPatch):
         medians = {series.key: series.median for series in found.series}
         cost = next(figure for figure in found.figures if figure.key == "waiting")
         assert cost.value == pytest.approx((medians["blocking"] - medians["queued"]) * 1e3)
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["emulated", "as on a GPU"])
+def test_the_whole_report(fake_metal: Any, monkeypatch: pytest.MonkeyPatch, marked: bool):
+    """All five through the runner and onto the page, with plots where they are measurements."""
+    pytest.importorskip("matplotlib")
+    from benchmarks.dispatch import page, plan
+
+    if not marked:
+        monkeypatch.setattr(queue, "MetalWork", Unmarked)
+    experiments = queue.EXPERIMENTS
+    report = plan.run_all(TINY, {"machine": "a test", "torch": "", "metal_marlin": ""}, experiments, lambda one: silent)
+    assert [experiment.absent for experiment in report.experiments] == [None] * len(experiments)
+    assert Report.from_json(report.to_json()) == report
+    assert report.verdict.outcome not in ("worth it", "not worth it")
+    html = page.html(report)
+    assert all(experiment.question in html for experiment in experiments)
+    assert (html.count("<svg") > 4, "emulated, not a measurement" in html) == (not marked, marked)
 
 
 def test_calibration_follows_the_gpu(fake_metal: Any, monkeypatch: pytest.MonkeyPatch):
