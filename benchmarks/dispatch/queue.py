@@ -204,7 +204,7 @@ def measure_in_flight(work: MetalWork, settings: Settings, progress: Progress) -
     series = [
         Series(
             f"{kind}{n}", group, "ms", each[f"{kind}{n}"],
-            study.IN_FLIGHT.get(n) if kind == "chain" else None, group, n, facts={"kernels": kernels},
+            study.IN_FLIGHT.get(n) if kind == "chain" else None, "flight", n, facts={"kernels": kernels},
         )
         for kind, group in groups.items()
         for n in IN_FLIGHT
@@ -328,7 +328,7 @@ def measure_encoders(work: MetalWork, settings: Settings, progress: Progress) ->
     series = [
         Series(
             f"{kind}{n}", group, "ms", times[f"{kind}{n}"],
-            study.ENCODERS.get(n) if kind == "encoders" else None, group, n,
+            study.ENCODERS.get(n) if kind == "encoders" else None, "encoders", n,
         )
         for kind, group in groups.items()
         for n in ENCODERS
