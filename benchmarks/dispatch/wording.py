@@ -32,7 +32,7 @@ WORDS = {
     "median, middle half": "half of the runs were faster; half of the runs lie in this range",
     "95 % interval": "where the figure would lie in 95 of 100 repetitions of this measurement, by resampling"
     " (bootstrap);"
-    " it does not cover a machine that was busy in a different way",
+    " it does not cover another run, or a machine that was busy in a different way",
 }
 
 
