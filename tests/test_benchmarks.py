@@ -139,6 +139,21 @@ def test_bootstrap_covers(rng: np.random.Generator) -> None:
     assert 285 - 19 - 9 <= hits <= 300
 
 
+def test_bootstrap_in_blocks_covers_a_drifting_machine(rng: np.random.Generator) -> None:
+    """Samples that remember the one before (an AR(1) process with coefficient 0.8 has the standard error of a ninth as
+    many independent ones): drawn singly, intervals miss most of the time; in blocks they don't."""
+    hits = {1: 0, 20: 0}
+    for _ in range(200):
+        noise, samples = rng.normal(size=500), np.zeros(500)
+        for i in range(1, 500):
+            samples[i] = 0.8 * samples[i - 1] + noise[i]
+        for block in hits:
+            found = bootstrap(lambda m: m, samples[100:], resamples=300, block=block)
+            hits[block] += found.low <= 0 <= found.high
+    assert hits[1] < 130
+    assert hits[20] > 160
+
+
 def test_bootstrap_pairs_rounds(rng: np.random.Generator) -> None:
     """A slow round slows both columns: paired, an exact ratio has no spread at all."""
     batch = rng.lognormal(0, 0.5, 50)

@@ -44,12 +44,13 @@ def changes(a: Report, b: Report) -> list[Change]:
             twin = other.find(series.key) if other else None
             if twin is None or twin.emulated or twin.unit != series.unit or not series.median:
                 continue
+            if len(series.samples) == len(twin.samples) == 1 and series.samples == twin.samples:
+                continue  # worked out, not measured
             ratio = _ratio(series, twin, a.settings.seed)
-            name = str(series.facts.get("workload", "")) or experiment.title
-            what = f"{series.name}" + (f", {series.x:g}" if series.x is not None else "")
-            found.append(
-                Change(experiment.key, series.key, f"{name}: {what}", series.unit, series.median, twin.median, *ratio)
-            )
+            workload = f"{series.facts['workload']}: " if series.x is None and "workload" in series.facts else ""
+            where = f", {series.x:g} {experiment.x_label.split()[0]}" if series.x is not None else ""
+            what = f"{workload}{series.name}{where}"
+            found.append(Change(experiment.key, series.key, what, series.unit, series.median, twin.median, *ratio))
     return found
 
 

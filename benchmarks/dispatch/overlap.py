@@ -145,8 +145,7 @@ def run_overlap(settings: Settings, progress: Progress) -> Experiment:
         arithmetic=derivation,
         reading=(
             "The shorter the router's bar next to the experts', the less there is to gain from running them side by"
-            " side."
-            " Diamonds are the study's, on another machine."
+            " side. Diamonds are the study's, on another machine."
         ),
         series=tuple(series),
         figures=tuple(figures),
@@ -217,8 +216,7 @@ def run_fusion(settings: Settings, progress: Progress) -> Experiment:
     if not device.packed_ops:
         notes.append(
             f"metal_marlin's fused op has no {device.type} kernels: “together” is {layer.together_name}, which sorts"
-            " the"
-            " rows by expert on the device and does not ask the host anything."
+            " the rows by expert on the device and does not ask the host anything."
         )
     return dataclasses.replace(
         FUSION.missing(""),

@@ -103,9 +103,8 @@ def _verdict(report: Report) -> str:
     plot = plots.summary_svg(found)
     figure = (
         f"<figure>{plot}<figcaption>Dots: measured; bars: 95 % intervals. On a GPU, a bar wholly right of the dashed"
-        " line"
-        " would be worth"
-        " a pipeline, one wholly left of it is not, one across it is undecided.</figcaption></figure>"
+        " line says that queueing without waiting pays, one wholly left of it that it hardly does; one across it leaves"
+        " it open.</figcaption></figure>"
     )
     table = _figures(found.figures) if found.figures else ""
     return (

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from benchmarks.dispatch import verdict, wording
 from benchmarks.dispatch.result import Experiment, Report, Series, Verdict
@@ -136,14 +136,15 @@ def lines(axes: Axes, members: list[Series], x_label: str) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
     low, high = axes.get_ylim()
     if axes.get_yscale() == "log" and high / low < 1000:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        steps = (1.0, 2.0, 5.0) if high / low > 10 else (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
+        axes.yaxis.set_major_locator(FixedLocator([10.0**e * step for e in range(-6, 9) for step in steps]))
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(x_label)
     axes.set_ylabel(wording.UNITS.get(members[0].unit, members[0].unit))
     axes.grid(color=INK, alpha=0.15, linewidth=0.8)
     axes.legend(
-        frameon=False, fontsize=9, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, borderaxespad=0
+        frameon=False, fontsize=8, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, borderaxespad=0
     )
 
 
@@ -216,12 +217,16 @@ def summary_svg(found: Verdict) -> str:
 def png(report: Report) -> bytes:
     """All plots in one picture."""
     drawn: list[tuple[str, float, Draw]] = []
+
+    def summarise(axes: Axes) -> None:
+        summary(axes, report.verdict)
+
     if report.verdict.figures:
         title = f"Verdict: {wording.HEADLINES[report.verdict.outcome].lower()}"
-        drawn.append((title, 1.3 + 0.42 * len(report.verdict.figures) / 2, lambda axes: summary(axes, report.verdict)))
+        drawn.append((title, 1.5 + 0.42 * len(report.verdict.figures) / 2, summarise))
     for experiment in report.experiments:
         for title, height, draw in parts(experiment):
-            name = "\n".join([wording.heading(experiment), *textwrap.wrap(title, 96)])
+            name = "\n".join([wording.heading(experiment), *textwrap.wrap(title, 78)])
             drawn.append((name, height + 0.6 + 0.3 * bool(title), draw))
     if not drawn:
         drawn.append(("Nothing was measured", 1.0, lambda axes: axes.set_axis_off()))
@@ -239,7 +244,8 @@ def png(report: Report) -> bytes:
             _ink(axes, "#222222")
             legend = axes.get_legend()
             rows = (len(legend.get_texts()) + 1) // 2 if legend else 0
-            axes.set_title(title, pad=8 + 15 * rows, fontweight="bold" if "\n" not in title else "normal")
+            above = 16 if draw is summarise else 15 * rows
+            axes.set_title(title, pad=8 + above, fontweight="bold" if "\n" not in title else "normal")
         out = io.BytesIO()
         canvas.savefig(out, format="png", facecolor="white", metadata={"Software": None})
     return out.getvalue()

@@ -13,6 +13,7 @@ import numpy as np
 
 RESAMPLES = 4000
 CONFIDENCE = 0.95
+FEW = 20  # samples, below which blocks would leave too few different resamples
 
 
 class Quartiles(NamedTuple):
@@ -45,13 +46,17 @@ def bootstrap(
     resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
     seed: int = 0,
+    block: int | None = None,
 ) -> Interval:
-    """`statistic` of the medians of `columns`, with its percentile bootstrap interval (Efron 1979).
+    """`statistic` of the medians of `columns`, with its percentile bootstrap interval (Efron 1979), drawn in blocks.
 
     statistic  maps one number or array per column, elementwise, to the same shape: lambda a, b: (a - b) / b
     paired     sample i of every column comes from one round of measuring: rounds are resampled whole, so what slowed
                a whole round (a clock that dropped) cancels in differences and ratios. Needs columns of one length.
     seed       the interval is a function of the samples and of this alone
+    block      consecutive rounds that are drawn together (the circular block bootstrap, Politis and Romano 1992): a
+               machine that is slow for ten rounds gives ten samples that count for little more than one, and drawing
+               them singly would make the interval too narrow. Default: `block_of` the number of samples
 
     With one sample the interval has no width to speak of; the caller says how many there were. ValueError: no
     columns, an empty one, or paired ones of different lengths.
@@ -62,13 +67,25 @@ def bootstrap(
     if paired and len({array.size for array in arrays}) > 1:
         raise ValueError(f"paired columns have {[a.size for a in arrays]} samples; expected equally many")
     generator = np.random.default_rng(seed)
-    picks = generator.integers(0, arrays[0].size, (resamples, arrays[0].size))
+    picks = _picks(generator, arrays[0].size, resamples, block)
     medians = []
-    for array in arrays:
-        if not paired:
-            picks = generator.integers(0, array.size, (resamples, array.size))
+    for index, array in enumerate(arrays):
+        if index and not paired:
+            picks = _picks(generator, array.size, resamples, block)
         medians.append(np.median(array[picks], axis=1))
     draws = np.asarray(statistic(*medians), float)
     tail = (1 - confidence) / 2
     low, high = np.quantile(draws, (tail, 1 - tail))
     return Interval(float(statistic(*(np.median(array) for array in arrays))), float(low), float(high))
+
+
+def block_of(count: int) -> int:
+    """The default block: the square root of the number of samples; single samples where there are few."""
+    return round(count**0.5) if count >= FEW else 1
+
+
+def _picks(generator: np.random.Generator, count: int, resamples: int, block: int | None) -> Any:
+    """Indices [resamples, count]: blocks that begin anywhere and go on at the front when they reach the end."""
+    length = min(block or block_of(count), count)
+    starts = generator.integers(0, count, (resamples, -(-count // length), 1))
+    return ((starts + np.arange(length)) % count).reshape(resamples, -1)[:, :count]

@@ -157,8 +157,7 @@ def run_stream(settings: Settings, progress: Progress) -> Experiment:
     if not device.packed_ops:
         notes.append(
             f"metal_marlin has no {device.type} kernels: the MoE layers and the model run dense {settings.dtype}"
-            " weights"
-            " through torch's own ops, in the same order of work."
+            " weights through torch's own ops, in the same order of work."
         )
     return dataclasses.replace(
         STREAM.missing(""),
@@ -212,8 +211,7 @@ def run_sweep(settings: Settings, progress: Progress) -> Experiment:
         arithmetic="As in experiment 5, for each batch size.",
         reading=(
             "Both axes grow by factors. Where the lines part, waiting costs a larger share: with few tokens an op is"
-            " short"
-            " and the wait is not."
+            " short and the wait is not."
         ),
         series=tuple(series),
         figures=tuple(figures),

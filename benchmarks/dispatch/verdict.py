@@ -76,16 +76,14 @@ def _outcome(settings: Settings, gains: dict[str, tuple[Interval, Interval]]) ->
         )
         return NOT_APPLICABLE, (
             "A CPU executes an op before its call returns: there is no queue, so there is nothing to pipeline."
-            " Waiting after"
-            f" every op “costs” {found}, {tail}. Run this on a GPU for a verdict."
+            f" Waiting after every op “costs” {found}, {tail}. Run this on a GPU for a verdict."
         )
     outcome = side(gain, threshold)
     text = {
         WORTH: (
             f"Queueing pays: waiting after every op costs MoE layers {found}, above the threshold of {threshold:.0%}."
             " PyTorch queues by itself as long as nothing in between asks for a value (.item(), .tolist(),"
-            " printing), so"
-            " there is nothing to build for it: just don't wait."
+            " printing), so there is nothing to build for it: just don't wait."
         ),
         NOT_WORTH: (
             f"Don't build a pipeline for this: even waiting after every op costs MoE layers only {found}, under the"

@@ -58,13 +58,11 @@ def run(settings: Settings, progress: Progress) -> Experiment:
         absent=None,
         method=(
             f"{QUEUED} times in a row: synchronize() with nothing to wait for; x += 1 on {NUMBERS} numbers; the"
-            " same, waiting"
-            " after each. Times are for one of them."
+            " same, waiting after each. Times are for one of them."
         ),
         arithmetic=(
             "One wait costs waited - queued. To lose 15 % by waiting after every op, an op would have to be shorter"
-            " than"
-            f" {cost.value / 0.15:,.0f} us here (cost / 0.15)."
+            f" than {cost.value / 0.15:,.0f} us here (cost / 0.15)."
             if device.asynchronous
             else "On a CPU there is nothing to wait for, so waited - queued is only how well the loop repeats."
         ),

@@ -19,8 +19,7 @@ INTRO = (
     " study asked, on one Mac, whether a language model of the mixture-of-experts kind runs faster if its layers are"
     " queued"
     " with care instead of being waited for, and found: by 7.7 %, too little to bother. This report repeats the"
-    " question on"
-    " one machine, with the spread of every figure, and puts the study's figures beside it."
+    " question on one machine, with the spread of every figure, and puts the study's figures beside it."
 )
 WORDS = {
     "mixture of experts (MoE)": "a layer with many small networks, the experts, of which a router picks a few"
@@ -32,7 +31,7 @@ WORDS = {
     "median, middle half": "half of the runs were faster; half of the runs lie in this range",
     "95 % interval": "where the figure would lie in 95 of 100 repetitions of this measurement, by resampling"
     " (bootstrap);"
-    " it does not cover a machine that was busy in a different way",
+    " it does not cover another run, or a machine that was busy in a different way",
 }
 
 
