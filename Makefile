@@ -104,7 +104,7 @@ SANITIZE := address,undefined
 SANITIZE_CFLAGS := -fsanitize=$(SANITIZE) -fno-sanitize-recover=all -fno-omit-frame-pointer -fno-wrapv -UNDEBUG -g -O1
 # The ops' own tests; those that compile or load models take long and run little more of our C.
 SANITIZE_TESTS ?= $(wildcard $(addprefix tests/test_, $(addsuffix .py, \
-                   decode dequantize linear moe activations router gradients memory threads bad_input)))
+                   decode dequantize linear moe activations router gradients memory threads bad_input metal_queue)))
 # libstdc++ goes first in line after the runtimes: ASan looks for __cxa_throw when it starts, torch throws through our frames.
 SANITIZE_ENV = LD_PRELOAD="$$($(SANITIZE_CC) -print-file-name=libasan.so) $$($(SANITIZE_CC) -print-file-name=libubsan.so) \
                $$($(SANITIZE_CC) -print-file-name=libstdc++.so.6)" \

@@ -67,7 +67,7 @@ def moe(rows: int, codebook: str, bits: float) -> Case:
     generator = torch.Generator().manual_seed(2)
     sizes = ((HIDDEN, INTERMEDIATE), (HIDDEN, INTERMEDIATE), (INTERMEDIATE, HIDDEN))
     tensors = [[random_tensor(k, n, codebook, bits, generator) for _ in range(EXPERTS)] for k, n in sizes]
-    experts = TrellisExperts.from_experts(*tensors)
+    experts = TrellisExperts.from_experts(tensors[0], tensors[1], tensors[2])
     x = torch.randn(rows, HIDDEN, generator=generator)
     scores, ids = torch.rand(rows, EXPERTS, generator=generator).topk(TOP_K)
     weights = scores / scores.sum(-1, keepdim=True)

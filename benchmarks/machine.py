@@ -48,6 +48,6 @@ def describe() -> dict[str, str]:
     """What every report starts with."""
     return {
         "machine": f"{processor()}, {platform.system()} {platform.machine()}",
-        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}",
         "metal_marlin": f"{metal_marlin.__version__}, commit {commit()}, levels {', '.join(metal_marlin.cpu_levels())}",
     }

@@ -1,12 +1,15 @@
 /* The Python module metal_marlin._C: finds torch, picks the SIMD level, registers the ops, and hands Python the lists
- * that the C code derives from its X-macros. The ops themselves are reached through torch.ops.metal_marlin. */
+ * that the C code derives from its X-macros. The ops themselves are reached through torch.ops.metal_marlin; what is
+ * Metal's own (metal_queue/types.c) through metal_marlin.metal_queue. */
 #include <Python.h>
 
 #include <stdlib.h>
 #include <string.h>
 
 #include "cpu/cpu.h"
+#include "metal_queue/types.h"
 #include "mm.h"
+#include "mps/mps.h"
 
 static const struct mm_kernels *levels[MM_MAX_CPU_LEVELS];
 static int level_count;
@@ -98,8 +101,31 @@ static PyObject *use_mps_emulator(PyObject *self, PyObject *path) {
     return Py_None;
 }
 
+static PyObject *mps_commit_problem(PyObject *self, PyObject *unused) {
+    (void)unused;
+    if (mm_mps_device_type() < 0) return mps_problem(self, NULL);
+    if (!mm_mps._ZN5torch3mps6commitEv) return PyUnicode_FromString("this torch lacks torch::mps::commit()");
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+
+static PyObject *mps_commit(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    PyThreadState *released = PyEval_SaveThread(); /* the stream's queue may be busy with a block of a thread that needs it */
+    const char *message = mm_mps_commit();
+    PyEval_RestoreThread(released);
+    if (message) return PyErr_Format(PyExc_RuntimeError, "mps_commit: %s", message);
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+
 static PyMethodDef methods[] = {
     {"mps_problem", mps_problem, METH_NOARGS, "mps_problem() -> str | None: why the MPS backend is off, None if it is on."},
+    {"mps_commit", mps_commit, METH_NOARGS,
+     "mps_commit(): hands what torch has encoded on its MPS stream to the GPU, without waiting for it. For measuring: torch "
+     "commits by itself. RuntimeError where mps_commit_problem() says why not."},
+    {"mps_commit_problem", mps_commit_problem, METH_NOARGS,
+     "mps_commit_problem() -> str | None: why mps_commit() does not work here, None if it does."},
     {"use_mps_emulator", use_mps_emulator, METH_O,
      "use_mps_emulator(path | None): for tests. CPU tensors go to the MPS backend, whose shim is the library at `path`; None "
      "ends that. Kernels run asynchronously: synchronize the emulator before reading results."},
@@ -225,7 +251,8 @@ static int execute(PyObject *module) {
         }
         registered = true;
     }
-    return add_lists(module) && !PyModule_AddIntConstant(module, "MAX_EXPERTS", MM_MAX_EXPERTS) &&
+    return add_lists(module) && mm_metal_add_types(module, PyModule_GetState(module)) &&
+                   !PyModule_AddIntConstant(module, "MAX_EXPERTS", MM_MAX_EXPERTS) &&
                    !PyModule_AddIntConstant(module, "MAX_TOP_K", MM_MAX_TOP_K) &&
                    !PyModule_AddIntConstant(module, "HADAMARD", MM_HADAMARD) &&
                    !PyModule_AddIntConstant(module, "TILE", MM_TILE)
@@ -233,14 +260,31 @@ static int execute(PyObject *module) {
                : -1;
 }
 
+static int traverse(PyObject *module, visitproc visit, void *arg) {
+    struct mm_metal_state *state = PyModule_GetState(module);
+    return state ? mm_metal_visit_types(state, visit, arg) : 0;
+}
+
+static int clear(PyObject *module) {
+    struct mm_metal_state *state = PyModule_GetState(module);
+    if (state) mm_metal_clear_types(state);
+    return 0;
+}
+
+static void destroy(void *module) { clear(module); }
+
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, NULL}, {0, NULL}};
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "metal_marlin._C",
     .m_doc = "C half of metal_marlin: registers torch.ops.metal_marlin and lists what the kernels know.",
+    .m_size = sizeof(struct mm_metal_state),
     .m_methods = methods,
     .m_slots = slots,
+    .m_traverse = traverse,
+    .m_clear = clear,
+    .m_free = destroy,
 };
 
 PyMODINIT_FUNC PyInit__C(void) {

@@ -89,8 +89,10 @@ typedef void (*mm_parallel_body)(int64_t begin, int64_t end, void *context);
        size_t group_size_size),                                                                                        \
       "2.10")
 
-/* Used where present, NULL where not. */
+/* Used where present, NULL where not. The C ABI has no commit; torch::mps::commit() is C++, exported by every torch from 2.7 to
+ * 2.15 under the name that compilers give it, and takes and returns nothing. */
 #define MM_MPS_OPTIONAL_SYMBOLS(X)                                                                                     \
+    X(void, _ZN5torch3mps6commitEv, (void), "2.7")                                                                     \
     X(mm_torch_error, torch_mps_set_arg_bytes,                                                                         \
       (mm_metal_function function, unsigned slot, const void *bytes, uint64_t size), "2.14")
 

@@ -13,6 +13,8 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the oracle's small products; before NumPy is imported
 
 import dataclasses
+import gc
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +27,9 @@ import reference
 import torch
 
 import metal_marlin._C as _C
+
+# `benchmarks` is a folder of the repository and no part of the package; last, so that it shadows nothing
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 GOLDEN = Path(__file__).parent / "golden"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -249,3 +254,39 @@ class EmulatedRuns:
 def emulator(emulator_library: Any) -> EmulatedRuns:
     """The emulated backend, one call at a time."""
     return EmulatedRuns(emulator_library)
+
+
+def _collect(metal: Any) -> None:
+    """Frees what only cycles keep, such as the frames of caught exceptions, and waits for late handlers."""
+    if _C.metal_objects():
+        gc.collect()
+    metal.settle()
+
+
+@pytest.fixture
+def metal(emulator_library: Any) -> Iterator[Any]:
+    """The emulator's stand-in for Objective-C's runtime and Metal, for tests that look at its mistakes themselves."""
+    import emulator
+    from emulator import metal
+
+    emulator.reset()
+    if not _C.metal_objects():  # pytest keeps those of a test that failed
+        _C.use_metal_fake(metal.path())
+    yield metal
+    _collect(metal)
+    if not _C.metal_objects():
+        _C.use_metal_fake(None)
+        metal.forget()
+    emulator.reset()
+
+
+@pytest.fixture
+def fake_metal(metal: Any) -> Iterator[Any]:
+    """The same; afterwards, everything must have been released and nothing reported."""
+    import emulator
+
+    before = (_C.metal_objects(), metal.live())
+    yield metal
+    _collect(metal)
+    assert (_C.metal_objects(), metal.live()) == before
+    emulator.synchronize()

@@ -6,6 +6,7 @@ loads and stores watched, chunks of tokens, kernels of the user's own, gradients
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from conftest import EMULATED, Backend, array, assert_close, ops, running
 import metal_marlin
 import metal_marlin._C as _C
 from metal_marlin import mps_gradients
+from metal_marlin.mps import mps_problem
 
 CPU = Backend("cpu")
 MIXED = ((4, "mul1"), (3, "mul1"), (6, "mcg"), (2, "3inst"), (7, "mul1"), (10, "mcg"))
@@ -109,3 +111,29 @@ def test_gradients_made_of_torch_ops(rng: np.random.Generator, activation: str) 
     got = mps_gradients.linear_backward(grad[..., :130].contiguous(), *CPU.packed(p), p.codebook, 200)
     want = ops.trellis_linear_backward(grad[..., :130].contiguous(), *CPU.packed(p), p.codebook, 200)
     assert torch.allclose(got, want, rtol=0, atol=2e-5 * want.abs().max().item())
+
+
+def test_commit(emulated: Any, rng: np.random.Generator) -> None:
+    """Commit hands over what is encoded and does not wait: nothing runs before it, and results don't change."""
+    p = ref.random_packed(rng, 128, 128, 4, "mul1")
+    x = CPU.put(rng.normal(size=(2, 128)), "float32")
+    assert _C.mps_commit_problem() is None
+    with emulated.configured(commit_every=0, poison=True):  # the queue begins at a commit, or when someone waits
+        want = CPU.linear(x, p, 128)
+        emulated.synchronize()
+        y = CPU.linear(x, p, 128)
+        assert y.isnan().all()
+        _C.mps_commit()
+        deadline = time.monotonic() + 60
+        while not torch.equal(y, want) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert torch.equal(y, want)
+        emulated.synchronize()
+
+
+def test_commit_without_a_backend() -> None:
+    if mps_problem() is None:
+        pytest.skip("this machine has an Apple GPU")
+    assert "lacks the symbol" in _C.mps_commit_problem()
+    with pytest.raises(RuntimeError, match="mps_commit: there is no MPS backend"):
+        _C.mps_commit()

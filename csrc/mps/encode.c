@@ -66,6 +66,22 @@ const char *mm_mps_run(struct mm_dispatch *dispatches, int count) {
     return block.message;
 }
 
+static void commit_block(mm_metal_function unused, void *context) {
+    (void)unused, (void)context;
+    mm_mps._ZN5torch3mps6commitEv();
+}
+
+const char *mm_mps_commit(void) {
+    const char *message = NULL;
+    if (mm_mps_device_type() < 0) return "there is no MPS backend in this process";
+    if (!mm_mps._ZN5torch3mps6commitEv) return "this torch lacks torch::mps::commit()";
+    /* From torch 2.15 on, commit aborts outside of the stream's queue, which only a command block runs on. A block is opened
+     * with a kernel; this one is never launched. */
+    mm_metal_function kernel = mm_mps_kernel_of("kernel void never_launched() {}\n", "never_launched", &message);
+    if (!kernel) return message;
+    return mm_mps.aoti_torch_mps_run_command_block(kernel, commit_block, NULL) ? "PyTorch's MPS stream refused a command block" : NULL;
+}
+
 mm_tensor_handle mm_mps_scratch(int64_t count, int32_t dtype, int32_t device_type, int32_t device_index) {
     mm_tensor_handle tensor = NULL;
     int64_t stride = 1;

@@ -50,6 +50,9 @@ void mm_bind_float(struct mm_dispatch *dispatch, int slot, float value); /* kern
 void mm_grid(struct mm_dispatch *dispatch, int64_t groups_x, int64_t groups_y, int64_t threads_a_group);
 /* Encodes all dispatches, in order, in one command block. NULL on success, else what failed. */
 const char *mm_mps_run(struct mm_dispatch *dispatches, int count);
+/* Hands what was encoded so far to the GPU and does not wait; PyTorch does so by itself when it sees fit. For measuring. NULL on
+ * success, else what failed: this torch may have no commit. */
+const char *mm_mps_commit(void);
 /* A scratch tensor on the stream's device; the caller deletes the handle after encoding, the stream keeps the memory until
  * the work that uses it is done. */
 mm_tensor_handle mm_mps_scratch(int64_t count, int32_t dtype, int32_t device_type, int32_t device_index);

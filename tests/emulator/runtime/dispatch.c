@@ -14,6 +14,62 @@
 enum { PAGE = 4096 };
 static const uint64_t GUARD = 64ul << 20;
 
+/* ---- making one ---- */
+
+void emu_bound_bytes(struct emu_bound *bound, const void *data, size_t size) {
+    bound->bytes = malloc(size < 16 ? 16 : size);
+    if (!bound->bytes) abort();
+    memset(bound->bytes, EMU_POISON, size < 16 ? 16 : size);
+    memcpy(bound->bytes, data, size);
+    bound->set = true;
+    bound->data = (char *)bound->bytes;
+    bound->size = size;
+}
+
+static bool fill_grid(struct emu_dispatch *made, const uint64_t *grid, const uint64_t *group) {
+    uint64_t total = 1;
+    for (int i = 0; i < 3; i++) {
+        if (grid[i] > UINT32_MAX || group[i] > UINT32_MAX) {
+            emu_report(true, "group size", 0, "%s: a grid of %lu threads in dimension %d", made->kernel->name, grid[i], i);
+            return false;
+        }
+        made->grid[i] = (uint32_t)grid[i];
+        made->group[i] = (uint32_t)group[i];
+        made->groups[i] = group[i] ? (uint32_t)((grid[i] + group[i] - 1) / group[i]) : 0;
+        total *= made->groups[i];
+        if (total > UINT32_MAX) {
+            emu_report(true, "group size", 0, "%s: the grid has more than %u threadgroups, too many to emulate",
+                       made->kernel->name, UINT32_MAX);
+            return false;
+        }
+    }
+    return true;
+}
+
+struct emu_dispatch *emu_dispatch_new(struct emu_object *object, const struct emu_kernel *kernel, bool check,
+                                      const struct emu_bound *bound, const uint64_t *grid, const uint64_t *group) {
+    struct emu_dispatch *made = calloc(1, sizeof *made);
+    if (!made) abort();
+    made->object = object;
+    made->kernel = kernel;
+    made->argument_count = kernel->describe(made->arguments);
+    made->check = check;
+    for (int i = 0; i < EMU_BUFFERS; i++) { /* bindings stay set for another dispatch of the encoding, so these are copies */
+        made->bound[i] = bound[i];
+        emu_tensor_share(bound[i].tensor);
+        if (bound[i].bytes) emu_bound_bytes(&made->bound[i], bound[i].bytes, bound[i].size);
+    }
+    bool countable = fill_grid(made, grid, group);
+    bool fits = countable && emu_group_size_fits(made);
+    if (!emu_arguments_fit(made) || !fits) {
+        emu_dispatch_free(made);
+        return NULL;
+    }
+    for (int i = 0; i < EMU_BUFFERS; i++)
+        if (made->bound[i].bytes) made->bound[i].is_tensor = false; /* a copied scalar: nothing to map */
+    return made;
+}
+
 /* ---- memory ---- */
 
 static const struct emu_argument *argument_of(const struct emu_dispatch *dispatch, int index) {
@@ -235,9 +291,11 @@ static void *work(void *number) {
     return NULL;
 }
 
-/* On the queue's thread. Checked kernels run on one worker: their memory of accesses belongs to one dispatch. */
+/* On a queue's thread; the workers serve one dispatch at a time, and queues of Metal's own run beside PyTorch's. Checked kernels run on one worker: their memory of accesses belongs to one dispatch. */
 void emu_dispatch_run(void *data) {
+    static pthread_mutex_t gpu = PTHREAD_MUTEX_INITIALIZER;
     struct emu_dispatch *dispatch = data;
+    pthread_mutex_lock(&gpu);
     bool copies = dispatch->check || emu_settings.guard;
     if (copies) map_memory(dispatch);
     atomic_fetch_add(&emu_statistics.dispatches, 1);
@@ -258,6 +316,7 @@ void emu_dispatch_run(void *data) {
     pthread_mutex_unlock(&pool.lock);
     if (dispatch->check) emu_traffic_record(dispatch);
     if (copies) unmap_memory(dispatch);
+    pthread_mutex_unlock(&gpu);
     emu_dispatch_free(dispatch);
 }
 

@@ -4,6 +4,7 @@
  *   access.c   every load and store of a checked kernel: bounds, races, uninitialised memory, traffic
  *   dispatch.c a dispatch's memory and the worker threads      arguments.c  bound arguments against declared ones
  *   queue.c    the asynchronous in-order queue        shim.c      aoti_torch_mps_*         torch.c  what is asked of torch
+ *   objc.c     a stand-in for Objective-C's runtime   metal.c     Metal's own classes on it, with queues of their own
  * C11 without a C++ runtime, so that it can live in any Python process; x86-64 Linux. */
 #ifndef EMU_RUNTIME_H
 #define EMU_RUNTIME_H
@@ -63,6 +64,9 @@ struct emu_object {
     char *low, *high; /* where it is loaded: constants may be read from there */
     char *path;
 };
+/* A shader compiled and loaded; NULL: `message` says why not. */
+struct emu_object *emu_object_compile(const char *source, bool check, char *message, size_t room);
+const struct emu_kernel *emu_object_kernel(const struct emu_object *object, const char *name); /* NULL: no such kernel */
 
 /* ---- a dispatch ---- */
 
@@ -142,7 +146,12 @@ struct emu_dispatch {
 /* False: the reports have been made. */
 bool emu_arguments_fit(struct emu_dispatch *dispatch);
 bool emu_group_size_fits(struct emu_dispatch *dispatch);
-void emu_dispatch_run(void *dispatch);
+/* Binds a copy of bytes. */
+void emu_bound_bytes(struct emu_bound *bound, const void *data, size_t size);
+/* Checked against the kernel's declaration; takes copies and shares of what is bound. NULL: the reports have been made. */
+struct emu_dispatch *emu_dispatch_new(struct emu_object *object, const struct emu_kernel *kernel, bool check,
+                                      const struct emu_bound *bound, const uint64_t *grid, const uint64_t *group);
+void emu_dispatch_run(void *dispatch); /* one at a time, whatever the queue; frees it */
 void emu_dispatch_free(struct emu_dispatch *dispatch);
 int emu_thread_limit(const struct emu_kernel *kernel);
 

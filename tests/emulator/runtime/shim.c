@@ -118,17 +118,26 @@ static struct emu_object *load_object(const char *path) {
 
 /* Compiling needs Python's lock, so no lock of ours is held while it runs; a library that two threads compile at once is
  * loaded twice, and one copy stays unused. */
-static struct emu_object *object_of(struct AOTIMetalShaderLibraryOpaque *library, bool check) {
-    char path[4096] = "", message[7600] = "";
-    if (library->objects[check]) return library->objects[check];
-    if (!compile) return fail("compile", "create_shader_library: no compiler is set; load the emulator through its Python package"), NULL;
+struct emu_object *emu_object_compile(const char *source, bool check, char *message, size_t room) {
+    char path[4096] = "";
+    emu_faults_catch();
+    if (!compile) {
+        snprintf(message, room, "no compiler is set; load the emulator through its Python package");
+        return NULL;
+    }
     atomic_fetch_add(&emu_statistics.compilations, 1);
-    if (compile(library->source, check, path, message, sizeof message))
-        return fail("compile", "create_shader_library: the shader does not compile:\n%s", message), NULL;
-    return library->objects[check] = load_object(path);
+    return compile(source, check, path, message, room) ? NULL : load_object(path);
 }
 
-static const struct emu_kernel *find_kernel(const struct emu_object *object, const char *name) {
+static struct emu_object *object_of(struct AOTIMetalShaderLibraryOpaque *library, bool check) {
+    char message[7600] = "";
+    if (library->objects[check]) return library->objects[check];
+    library->objects[check] = emu_object_compile(library->source, check, message, sizeof message);
+    if (!library->objects[check]) fail("compile", "create_shader_library: the shader does not compile:\n%s", message);
+    return library->objects[check];
+}
+
+const struct emu_kernel *emu_object_kernel(const struct emu_object *object, const char *name) {
     for (int i = 0; i < object->count; i++)
         if (!strcmp(object->kernels[i].name, name)) return &object->kernels[i];
     return NULL;
@@ -136,7 +145,6 @@ static const struct emu_kernel *find_kernel(const struct emu_object *object, con
 
 EMU_EXPORT int32_t aoti_torch_mps_create_shader_library(const char *source, AOTIMetalShaderLibraryHandle *result) {
     int line = 1;
-    emu_faults_catch();
     for (const char *c = source; *c; c++) {
         if ((unsigned char)*c > 127)
             return fail("ascii", "create_shader_library: line %d of the shader has the byte 0x%02X; PyTorch hands the text over as "
@@ -180,7 +188,7 @@ EMU_EXPORT int32_t aoti_torch_mps_get_kernel_function(AOTIMetalShaderLibraryHand
         if (!strcmp(function->name, name)) return *result = function, 0;
     struct emu_object *object = object_of(library, emu_settings.check != 0);
     if (!object) return 1;
-    if (!find_kernel(object, name)) {
+    if (!emu_object_kernel(object, name)) {
         for (int i = 0; i < object->count && length < sizeof names - 100; i++)
             length += (size_t)snprintf(names + length, sizeof names - length, " %s", object->kernels[i].name);
         return fail("library", "get_kernel_function: no kernel is named '%s'; the library has:%s", name, names);
@@ -230,20 +238,10 @@ static int32_t slot(AOTIMetalKernelFunctionHandle function, const char *what, un
 }
 
 static const struct emu_argument *declared(unsigned index, struct emu_argument *arguments) {
-    const struct emu_kernel *kernel = find_kernel(stream.object, stream.function->name);
+    const struct emu_kernel *kernel = emu_object_kernel(stream.object, stream.function->name);
     for (int i = 0, count = kernel->describe(arguments); i < count; i++)
         if (arguments[i].kind == EMU_BUFFER && arguments[i].index == (int)index) return &arguments[i];
     return NULL;
-}
-
-static void keep_bytes(struct emu_bound *bound, const void *data, size_t size) {
-    bound->bytes = malloc(size < 16 ? 16 : size);
-    if (!bound->bytes) abort();
-    memset(bound->bytes, EMU_POISON, size < 16 ? 16 : size);
-    memcpy(bound->bytes, data, size);
-    bound->set = true;
-    bound->data = (char *)bound->bytes;
-    bound->size = size;
 }
 
 EMU_EXPORT int32_t aoti_torch_mps_set_arg_tensor(AOTIMetalKernelFunctionHandle function, unsigned index, AtenTensorHandle tensor) {
@@ -268,7 +266,7 @@ EMU_EXPORT int32_t aoti_torch_mps_set_arg_tensor(AOTIMetalKernelFunctionHandle f
         }
         emu_tensor_release(bound->tensor);
         bound->tensor = NULL;
-        keep_bytes(bound, value, size);
+        emu_bound_bytes(bound, value, size);
     }
     return 0;
 }
@@ -276,7 +274,7 @@ EMU_EXPORT int32_t aoti_torch_mps_set_arg_tensor(AOTIMetalKernelFunctionHandle f
 EMU_EXPORT int32_t aoti_torch_mps_set_arg_int(AOTIMetalKernelFunctionHandle function, unsigned index, int64_t value) {
     struct emu_bound *bound;
     if (slot(function, "set_arg_int", index, &bound)) return 1;
-    keep_bytes(bound, &value, sizeof value);
+    emu_bound_bytes(bound, &value, sizeof value);
     bound->is_int = true;
     bound->integer = value;
     return 0;
@@ -290,7 +288,7 @@ EMU_EXPORT int32_t torch_mps_set_arg_bytes(AOTIMetalKernelFunctionHandle functio
     if (!data || !size || size > 4096)
         return fail("argument", "%s: set_arg_bytes(%u): %lu bytes%s; Metal takes 1 to 4096", function->name, index, size,
                     data ? "" : " at a null pointer");
-    keep_bytes(bound, data, size);
+    emu_bound_bytes(bound, data, size);
     return 0;
 }
 #endif
@@ -301,44 +299,14 @@ static int32_t dispatch(AOTIMetalKernelFunctionHandle function, const uint64_t *
     if (dims < 1 || dims > 3 || (group && group_dims != dims))
         return fail("group size", "%s: dispatch of %zu dimensions with threadgroups of %zu; 1 to 3, the same for both, are expected",
                     function->name, dims, group ? group_dims : dims);
-    struct emu_dispatch *made = calloc(1, sizeof *made);
-    if (!made) abort();
-    made->object = stream.object;
-    made->kernel = find_kernel(stream.object, function->name);
-    made->argument_count = made->kernel->describe(made->arguments);
-    made->check = stream.check;
-    uint64_t limit = (uint64_t)emu_thread_limit(made->kernel), total = 1;
+    const struct emu_kernel *kernel = emu_object_kernel(stream.object, function->name);
+    uint64_t limit = (uint64_t)emu_thread_limit(kernel), grid[3], threads[3];
     for (size_t i = 0; i < 3; i++) {
-        uint64_t grid = i < dims ? length[i] : 1, threads = i >= dims ? 1 : group ? group[i] : i == 0 ? limit : 1;
-        if (grid > UINT32_MAX || threads > UINT32_MAX) {
-            emu_dispatch_free(made);
-            return fail("group size", "%s: a grid of %lu threads in dimension %zu", function->name, grid, i);
-        }
-        made->grid[i] = (uint32_t)grid;
-        made->group[i] = (uint32_t)threads;
-        made->groups[i] = threads ? (uint32_t)((grid + threads - 1) / threads) : 0;
-        total *= made->groups[i] < UINT32_MAX ? made->groups[i] : 1;
+        grid[i] = i < dims ? length[i] : 1;
+        threads[i] = i >= dims ? 1 : group ? group[i] : i == 0 ? limit : 1;
     }
-    memcpy(made->bound, stream.bound, sizeof made->bound); /* bindings stay set for another dispatch of this encoding */
-    for (int i = 0; i < EMU_BUFFERS; i++) {
-        struct emu_bound *bound = &made->bound[i];
-        emu_tensor_share(bound->tensor);
-        if (!bound->bytes) continue;
-        unsigned char *bytes = bound->bytes;
-        bound->bytes = NULL;
-        bool tensor = bound->is_tensor, integer = bound->is_int;
-        keep_bytes(bound, bytes, bound->size);
-        bound->is_tensor = tensor;
-        bound->is_int = integer;
-    }
-    bool fits = emu_group_size_fits(made);
-    if (!emu_arguments_fit(made) || !fits || total > UINT32_MAX) {
-        if (total > UINT32_MAX) fail("group size", "%s: the grid has %lu threadgroups, too many to emulate", function->name, total);
-        emu_dispatch_free(made);
-        return 1;
-    }
-    for (int i = 0; i < EMU_BUFFERS; i++)
-        if (made->bound[i].bytes) made->bound[i].is_tensor = false; /* a copied scalar: nothing to map */
+    struct emu_dispatch *made = emu_dispatch_new(stream.object, kernel, stream.check, stream.bound, grid, threads);
+    if (!made) return 1;
     emu_queue_encode(emu_dispatch_run, made);
     if (emu_settings.commit_every > 0 && ++stream.uncommitted >= emu_settings.commit_every) {
         stream.uncommitted = 0;
@@ -349,7 +317,7 @@ static int32_t dispatch(AOTIMetalKernelFunctionHandle function, const uint64_t *
 
 EMU_EXPORT int32_t aoti_torch_mps_dispatch_single(AOTIMetalKernelFunctionHandle function, uint64_t length) {
     if (encoding(function, "dispatch")) return 1;
-    uint64_t limit = (uint64_t)emu_thread_limit(find_kernel(stream.object, function->name));
+    uint64_t limit = (uint64_t)emu_thread_limit(emu_object_kernel(stream.object, function->name));
     uint64_t group = length < limit ? length : limit;
     return dispatch(function, &length, 1, &group, 1);
 }
