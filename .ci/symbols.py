@@ -1,6 +1,7 @@
 """Checks csrc/torch_shim.h against PyTorch's own binaries: every symbol that we look up is exported by the library in
 which we look it up, in each version from the one that the header names. And csrc/metal_queue/runtime.h, as far as
-PyTorch speaks to Metal too: what its binaries import comes from the library in which we look, and messages are spelled alike.
+PyTorch speaks to Metal too: what its binaries import comes from the library in which we look, and messages are spelled
+alike.
 
     python .ci/symbols.py        needs the `wheels` extra; downloads 330 MB of macOS wheels into build/symbols, once
 
