@@ -79,6 +79,10 @@ struct mm_kernels {
     void (*activate)(float *act, const float *gate, const float *up, int64_t count, enum mm_activation kind,
                      float alpha, float limit);
     float (*dot)(const float *a, const float *b, int64_t count);
+    /* out [rows, columns], rows ld floats apart = the dot products of vectors a [rows] and b [columns] of `count` floats;
+     * scratch [rows, columns, 8] */
+    void (*dots)(float *out, int64_t ld, const float *const *a, int64_t rows, const float *const *b, int64_t columns,
+                 int64_t count, float *scratch);
 };
 
 /* Every level, slowest first; a getter is NULL-valued where the machine or the build lacks the level. */

@@ -196,4 +196,5 @@ static const struct mm_kernels kernels_int16 = {
     .dequantize = dequantize,
     .activate = activate,
     .dot = dot,
+    .dots = dots,
 };

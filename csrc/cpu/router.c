@@ -2,11 +2,12 @@
  * The order is total: higher score first, a NaN above all numbers, equal scores by index; so ids are always distinct
  * and in range, whatever x holds. */
 #include <math.h>
+#include <string.h>
 
 #include "cpu/cpu.h"
 
 #define EXPERTS_A_BLOCK 16
-#define TOKENS_A_BLOCK 8
+#define TOKENS_A_BLOCK 24
 
 struct router_run {
     const struct mm_router *router;
@@ -15,36 +16,57 @@ struct router_run {
     int64_t experts, hidden;
 };
 
+/* Rows first .. first + count - 1 as floats: where they lie, if they are floats already, else copies in `room`. */
+static float *rows_as_floats(const float **rows, float *room, const struct mm_rows *from, int64_t first, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        const void *row = mm_rows_at(from, first + i);
+        if (from->type == MM_FLOAT32 && from->column_stride == 1) {
+            rows[i] = row;
+            continue;
+        }
+        mm_cpu->load(room, row, from->type, from->column_stride, from->columns);
+        rows[i] = room;
+        room += from->columns;
+    }
+    return room;
+}
+
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
 static void logits_block(int64_t item, void *scratch, void *context) {
     const struct router_run *run = context;
     const struct mm_rows *x = &run->router->x, *gate = &run->router->gate;
+    const float *tokens[TOKENS_A_BLOCK], *experts[EXPERTS_A_BLOCK];
     int64_t blocks = (run->experts + EXPERTS_A_BLOCK - 1) / EXPERTS_A_BLOCK;
     int64_t expert = item % blocks * EXPERTS_A_BLOCK, token = item / blocks * TOKENS_A_BLOCK;
-    int64_t last_expert = expert + EXPERTS_A_BLOCK < run->experts ? expert + EXPERTS_A_BLOCK : run->experts;
-    int64_t last_token = token + TOKENS_A_BLOCK < x->rows ? token + TOKENS_A_BLOCK : x->rows;
-    float *gates = scratch, *row = gates + EXPERTS_A_BLOCK * run->hidden;
-    for (int64_t e = expert; e < last_expert; e++)
-        mm_cpu->load(gates + (e - expert) * run->hidden, mm_rows_at(gate, e), gate->type, gate->column_stride,
-                     run->hidden);
-    for (int64_t t = token; t < last_token; t++) {
-        mm_cpu->load(row, mm_rows_at(x, t), x->type, x->column_stride, run->hidden);
-        for (int64_t e = expert; e < last_expert; e++)
-            run->logits[t * run->experts + e] = mm_cpu->dot(row, gates + (e - expert) * run->hidden, run->hidden);
-    }
+    int64_t expert_count = min64(run->experts - expert, EXPERTS_A_BLOCK), token_count = min64(x->rows - token, TOKENS_A_BLOCK);
+    float *sums = scratch, *room = sums + 8 * EXPERTS_A_BLOCK * TOKENS_A_BLOCK;
+    room = rows_as_floats(experts, room, gate, expert, expert_count);
+    rows_as_floats(tokens, room, x, token, token_count);
+    mm_cpu->dots(run->logits + token * run->experts + expert, run->experts, tokens, token_count, experts, expert_count,
+                 run->hidden, sums);
 }
 
-/* Whether a comes before b, given that a's index is higher (so equal is no). */
-static bool beats(float a, float b) { return a > b || (isnan(a) && !isnan(b)); }
+/* A number whose order among integers is the router's order of floats: -0 is 0, and any NaN is above all. */
+static int32_t order_of(float value) {
+    int32_t bits;
+    if (isnan(value)) return INT32_MAX;
+    value += 0.0f;
+    memcpy(&bits, &value, sizeof bits);
+    return bits < 0 ? bits ^ INT32_MAX : bits;
+}
 
-/* places [count] = indices of the largest values, in order; taken [size] is scratch */
-static void largest(int64_t *places, int64_t count, const float *values, int64_t size, bool *taken) {
-    for (int64_t i = 0; i < size; i++) taken[i] = false;
+/* places [count] = indices of the largest values, in order; order [size] is scratch. The largest and its place are looked for one
+ * after the other, since compilers make vectors of both loops. */
+static void largest(int64_t *places, int64_t count, const float *values, int64_t size, int32_t *order) {
+    for (int64_t i = 0; i < size; i++) order[i] = order_of(values[i]);
     for (int64_t k = 0; k < count; k++) {
-        int64_t best = -1;
-        for (int64_t i = 0; i < size; i++)
-            if (!taken[i] && (best < 0 || beats(values[i], values[best]))) best = i;
-        taken[best] = true;
-        places[k] = best;
+        int32_t most = order[0];
+        int64_t place = 0;
+        for (int64_t i = 1; i < size; i++) most = order[i] > most ? order[i] : most;
+        while (order[place] != most) place++;
+        order[place] = INT32_MIN; /* below -inf */
+        places[k] = place;
     }
 }
 
@@ -56,17 +78,17 @@ static void softmax(float *out, const float *in, int64_t count) {
 }
 
 /* DeepSeek-V3's group limit: a group's score is the sum of its two best; the other groups cannot be chosen. */
-static void limit_groups(float *choice, const struct mm_router *router, int64_t experts, bool *taken) {
+static void limit_groups(float *choice, const struct mm_router *router, int64_t experts, int32_t *order) {
     float scores[MM_MAX_EXPERTS];
     bool kept[MM_MAX_EXPERTS];
     int64_t places[MM_MAX_EXPERTS], size = experts / router->n_group;
     for (int64_t g = 0; g < router->n_group; g++) {
         const float *group = choice + g * size;
         int64_t best = size < 2 ? size : 2;
-        largest(places, best, group, size, taken);
+        largest(places, best, group, size, order);
         scores[g] = group[places[0]] + (best > 1 ? group[places[1]] : 0);
     }
-    largest(places, router->topk_group, scores, router->n_group, taken);
+    largest(places, router->topk_group, scores, router->n_group, order);
     for (int64_t g = 0; g < router->n_group; g++) kept[g] = false;
     for (int64_t i = 0; i < router->topk_group; i++) kept[places[i]] = true;
     for (int64_t e = 0; e < experts; e++)
@@ -80,7 +102,7 @@ static void route_token(int64_t token, void *scratch, void *context) {
     float *weights = run->weights + token * router->top_k;
     int64_t *ids = run->ids + token * router->top_k, experts = run->experts;
     float scores[MM_MAX_EXPERTS], choice[MM_MAX_EXPERTS], correction[MM_MAX_EXPERTS], sum = 0;
-    bool taken[MM_MAX_EXPERTS];
+    int32_t order[MM_MAX_EXPERTS];
     (void)scratch;
     for (int64_t e = 0; e < experts; e++) correction[e] = 0;
     if (router->correction.rows)
@@ -99,8 +121,8 @@ static void route_token(int64_t token, void *scratch, void *context) {
         break;
     }
     for (int64_t e = 0; e < experts; e++) choice[e] = scores[e] + correction[e];
-    if (router->n_group > 1) limit_groups(choice, router, experts, taken);
-    largest(ids, router->top_k, choice, experts, taken);
+    if (router->n_group > 1) limit_groups(choice, router, experts, order);
+    largest(ids, router->top_k, choice, experts, order);
     if (router->kind == MM_ROUTER_TOPK_SOFTMAX) {
         for (int64_t k = 0; k < router->top_k; k++) weights[k] = scores[ids[k]] + correction[ids[k]];
         softmax(weights, weights, router->top_k);
@@ -116,7 +138,7 @@ bool mm_cpu_router(const struct mm_router *router, float *weights, int64_t *ids,
     struct router_run run = {router, weights, logits, ids, router->gate.rows, router->x.columns};
     int64_t blocks = (run.experts + EXPERTS_A_BLOCK - 1) / EXPERTS_A_BLOCK;
     int64_t token_blocks = (router->x.rows + TOKENS_A_BLOCK - 1) / TOKENS_A_BLOCK;
-    return mm_parallel(blocks * token_blocks, (size_t)((EXPERTS_A_BLOCK + 1) * run.hidden) * sizeof(float),
+    return mm_parallel(blocks * token_blocks, (size_t)(8 * EXPERTS_A_BLOCK * TOKENS_A_BLOCK + (EXPERTS_A_BLOCK + TOKENS_A_BLOCK) * run.hidden) * sizeof(float),
                        logits_block, &run) &&
            mm_parallel(router->x.rows, 0, route_token, &run);
 }
