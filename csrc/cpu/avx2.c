@@ -102,6 +102,7 @@ static void store_half(uint16_t *out, const float *in, int64_t count) {
 }
 
 #include "cpu/kernels.h"
+#include "cpu/tiles.h"
 
 /* ---- mul1 in 16-bit integers ---- */
 
