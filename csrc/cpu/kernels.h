@@ -3,7 +3,7 @@
  *   LEVEL                       the level's name, for the table
  *   prepare                     builds the level's tables
  *   load_half, store_half       binary16 rows
- * and then includes the products, which complete the functions declared here: tiles.h. */
+ * and then includes the products, which complete the functions declared here: tiles.h or panel.h. */
 #include <math.h>
 #include <string.h>
 
