@@ -204,6 +204,7 @@ static float dot(const float *a, const float *b, int64_t count) {
 
 static const struct mm_kernels kernels = {
     .name = LEVEL,
+    .exact = true,
     .prepare = prepare,
     .load = load,
     .store = store,
