@@ -44,7 +44,7 @@ struct mm_stack {
 struct mm_weight mm_stack_weight(const struct mm_stack *stack, int64_t expert);
 
 /* Rows handled by one call of `multiply`; a tile is decoded once for this many. */
-#define MM_ROW_BLOCK 64
+#define MM_ROW_BLOCK 128
 /* The longest form of a rotated row, per 128 inputs. */
 #define MM_MAX_ROW_FLOATS (2 * MM_HADAMARD)
 /* Floats of scratch that `multiply` and `multiply_transposed` need. */
