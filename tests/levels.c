@@ -335,6 +335,20 @@ static void hadamard(double *sum, double *absolute, const double *in) {
 }
 #define HADAMARD_ROUNDINGS 12 /* 7 additions, the scale, 4 butterflies (kernels.h, hadamard128) */
 
+/* The forms that rows travel in (cpu.h): "tiled" or "paired" inputs, and gradients spread to match, told apart by a row's length. */
+static bool paired(const struct mm_kernels *level) { return level->row_floats(MM_CODEBOOK_3INST) == BLOCK; }
+
+/* Which of a tile's 16 rows stands at a place of its tiled or paired row. */
+static int row_of_place(bool pairs, int at) {
+    int pair = at / 2;
+    return pairs ? 2 * (pair / 4) + (pair & 1) + 8 * (pair / 2 & 1) + 4 * (at & 1) : MM_TILE_ROW(at);
+}
+
+/* Which of a tile's 16 columns stands at a place of its spread gradient. */
+static int column_of_place(bool pairs, int at) {
+    return pairs ? 8 * (at / 16) + 2 * (at / 8 & 1) + 4 * (at / 4 & 1) + (at / 2 & 1) : MM_TILE_COLUMN(at / 8 * 32 + at % 8);
+}
+
 static void check_rotations(void) {
     enum { WIDTH = 3 * BLOCK, USED = WIDTH - 37, ROWS = 3 };
     float *x = random_floats(WIDTH, 5), *y = random_floats(ROWS * BLOCK, 5), *out = zeros(4 * WIDTH * sizeof *out);
@@ -346,19 +360,18 @@ static void check_rotations(void) {
             if (spread)
                 level->rotate_grad(out, x, scale, WIDTH, USED);
             else
-                level->rotate_in(out, x, scale, WIDTH, USED, MM_CODEBOOK_3INST); /* "tiled" at every level */
+                level->rotate_in(out, x, scale, WIDTH, USED, MM_CODEBOOK_3INST); /* in floats at every level */
+            int places = (spread ? 64 : 32) / (paired(level) ? 2 : 1); /* of a tile */
             for (int first = 0; first < WIDTH; first += BLOCK) {
                 double in[BLOCK], sum[BLOCK], absolute[BLOCK];
                 for (int i = 0; i < BLOCK; i++)
                     in[i] = first + i < USED ? (double)x[first + i] * (double)mm_float_of_half(scale[first + i]) : 0;
                 hadamard(sum, absolute, in);
-                for (int t = 0; t < BLOCK / 16 * MM_TILE_WEIGHTS; t++) { /* position t reads row and writes column */
-                    int tile = t / MM_TILE_WEIGHTS, p = t % MM_TILE_WEIGHTS;
-                    int i = 16 * tile + (spread ? MM_TILE_COLUMN(p) : MM_TILE_ROW(p));
-                    int at = spread ? 64 * tile + p / 32 * 8 + p % 8 : 32 * tile + p % 32;
+                for (int t = 0; t < BLOCK / 16 * places; t++) {
+                    int at = t % places;
+                    int i = t / places * 16 + (spread ? column_of_place(paired(level), at) : row_of_place(paired(level), at));
                     check_close(level->name, spread ? "rotate_grad" : "rotate_in", first + i,
-                                (double)out[(spread ? 4 : 2) * first + at], sum[i],
-                                (HADAMARD_ROUNDINGS + 1) * U * absolute[i]);
+                                (double)out[first / 16 * places + t], sum[i], (HADAMARD_ROUNDINGS + 1) * U * absolute[i]);
                 }
             }
         }
@@ -403,7 +416,7 @@ static float *dense(const struct mm_weight *weight) {
 
 /* Levels that multiply mul1 in 16-bit integers (int16.h): the weights without their rounding to binary16, the inputs rounded to
  * 2^-15 of their block's largest. */
-static bool in_integers(const struct mm_kernels *level, int codebook) { return level->row_floats(codebook) != 2 * BLOCK; }
+static bool in_integers(const struct mm_kernels *level, int codebook) { return level->row_floats(codebook) < BLOCK; }
 
 static double unrounded(double value) { /* mul1's: the rounding moved no value by half a step of the byte sum */
     double scale = (double)MM_MUL1_SCALE, bias = (double)MM_MUL1_BIAS;
@@ -488,19 +501,22 @@ static void check_products(int codebook, int rate2) {
     struct mm_weight weight = random_weight(codebook, rate2, K, N);
     float *w = dense(&weight), *scratch = zeros(MM_MULTIPLY_SCRATCH * sizeof *scratch);
     float *x = random_floats(ROWS * K, 3), *grad = random_floats(ROWS * N, 3), *y = zeros(ROWS * BLOCK * sizeof *y);
-    float *tiled = zeros(2 * ROWS * K * sizeof *tiled), *spread = zeros(4 * ROWS * N * sizeof *spread);
+    float *rows[2], *spread[2]; /* as the two forms have them */
+    for (int form = 0; form < 2; form++) {
+        int length = form ? K : 2 * K, places = form ? 32 : 64;
+        rows[form] = zeros((size_t)(ROWS * length) * sizeof(float)), spread[form] = zeros(4 * ROWS * N * sizeof(float));
+        for (int r = 0; r < ROWS; r++) {
+            for (int i = 0; i < length; i++)
+                rows[form][r * length + i] = x[r * K + i / (places / 2) * 16 + row_of_place(form, i % (places / 2))];
+            for (int i = 0; i < N / 16 * places; i++)
+                spread[form][r * 4 * N + i] = grad[r * N + i / places * 16 + column_of_place(form, i % places)];
+        }
+    }
     for (int l = 0; l < level_count; l++)
         if (in_integers(levels[l], codebook)) {
             check_integer_products(levels[l], &weight, w);
             check_integer_states(levels[l], &weight, w);
         }
-    for (int r = 0; r < ROWS; r++) {
-        for (int i = 0; i < 2 * K; i++) tiled[r * 2 * K + i] = x[r * K + i / 32 * 16 + MM_TILE_ROW(i % 32)];
-        for (int i = 0; i < 4 * N; i++) {
-            int p = i % 64 / 8 * 32 + i % 8; /* a position whose column the value multiplies */
-            spread[r * 4 * N + i] = grad[r * N + i / 64 * 16 + MM_TILE_COLUMN(p)];
-        }
-    }
     for (int transposed = 0; transposed < 2; transposed++) {
         int block = transposed ? 2 : 1, terms = transposed ? N : K;
         for (int r = 0; r < ROWS; r++)
@@ -513,22 +529,26 @@ static void check_products(int codebook, int rate2) {
                 }
                 want[r * BLOCK + i] = sum, absolute[r * BLOCK + i] = total;
             }
-        /* 4 sums run side by side over the inputs, 2 over the outputs; the product, then joining them */
-        int roundings = transposed ? N / 2 + 2 : K / 4 + 3;
-        for (int l = 0; l < level_count; l++)
+        for (int l = 0; l < level_count; l++) {
+            /* Of the product, of a sum, of joining the sums that run side by side: tiled, 4 over the inputs, 2 over the outputs;
+             * paired, 2 over each block of the inputs, 4 over the outputs. */
+            bool form = paired(levels[l]);
+            int roundings = form ? (transposed ? N / 4 + 3 : BLOCK / 2 + K / BLOCK + 2) : (transposed ? N / 2 + 2 : K / 4 + 3);
             for (int c = 0; c < (int)(sizeof counts / sizeof *counts); c++) {
                 if (!transposed && in_integers(levels[l], codebook)) continue;
                 memset(y, 0xFF, ROWS * BLOCK * sizeof *y);
                 if (transposed)
-                    levels[l]->multiply_transposed(y, &weight, block, spread, counts[c], scratch);
+                    levels[l]->multiply_transposed(y, &weight, block, spread[form], counts[c], scratch);
                 else
-                    levels[l]->multiply(y, &weight, block, tiled, 2 * K, counts[c], scratch);
+                    levels[l]->multiply(y, &weight, block, rows[form], form ? K : 2 * K, counts[c], scratch);
                 for (int i = 0; i < counts[c] * BLOCK; i++)
                     check_close(levels[l]->name, transposed ? "multiply_transposed" : "multiply", i, (double)y[i],
                                 want[i], roundings * U * absolute[i]);
             }
+        }
     }
-    mm_free(w), mm_free(scratch), mm_free(x), mm_free(grad), mm_free(y), mm_free(tiled), mm_free(spread);
+    for (int form = 0; form < 2; form++) mm_free(rows[form]), mm_free(spread[form]);
+    mm_free(w), mm_free(scratch), mm_free(x), mm_free(grad), mm_free(y);
 }
 
 /* W of one block = diag(suh) H What H diag(svh); rows are transformed first, as in kernels.h */
@@ -653,7 +673,7 @@ static void check_linear(int codebook, int rate2) {
                         double value = (double)w[k * N + n + i];
                         if (in_integers(mm_cpu, codebook)) value = unrounded(value);
                         p[i] += value * h[k];
-                        error += fabs(value) * (h_error[k] + (K / 4 + 3) * U * fabs(h[k]));
+                        error += fabs(value) * (h_error[k] + (BLOCK / 2 + K / BLOCK + 2) * U * fabs(h[k]));
                     }
                     p_error += error * (double)MM_HADAMARD_SCALE;
                 }

@@ -44,16 +44,17 @@ struct mm_stack {
 struct mm_weight mm_stack_weight(const struct mm_stack *stack, int64_t expert);
 
 /* Rows handled by one call of `multiply`; a tile is decoded once for this many. */
-#define MM_ROW_BLOCK 64
+#define MM_ROW_BLOCK 128
 /* The longest form of a rotated row, per 128 inputs. */
 #define MM_MAX_ROW_FLOATS (2 * MM_HADAMARD)
 /* Floats of scratch that `multiply` and `multiply_transposed` need. */
 #define MM_MULTIPLY_SCRATCH (MM_ROW_BLOCK * 64 + 16 * MM_TILE_WEIGHTS)
 
 /* The kernels of one SIMD level. A rotated input row travels in a form of the level's own, row_floats(codebook) floats for
- * each 128 inputs: by default "tiled", 4 groups of 4 values for each 16 inputs, in trellis order (rows 2q, 2q+1, 2q+8, 2q+9), each
- * written twice, since 8 trellis positions are 4 rows of 2 columns; or 16-bit integers (int16.h). Rows lie `ld` floats apart.
- * A gradient row travels as "spread": for each 16 columns, 8 groups: column c four times, column c+8 four times. */
+ * each 128 inputs: "tiled" (tiles.h), 4 groups of 4 values for each 16 inputs, in trellis order (rows 2q, 2q+1, 2q+8, 2q+9), each
+ * written twice, since 8 trellis positions are 4 rows of 2 columns; "paired" (panel.h), each value once; or 16-bit integers
+ * (int16.h). Rows lie `ld` floats apart. A gradient row travels as "spread", in 4n floats or fewer: where rows are tiled, for each
+ * 16 columns 8 groups, column c four times and column c+8 four times. */
 struct mm_kernels {
     const char *name;
     bool exact; /* multiplies with the format's weights and float32 inputs; int16.h says what it means if not */
@@ -68,7 +69,7 @@ struct mm_kernels {
                      float *scratch);
     /* y [rows, 128] = H(y) * svh + bias, all for one block of 128 columns; also a gradient's last step, with suh */
     void (*rotate_out)(float *y, int64_t rows, const uint16_t *svh, const uint16_t *bias);
-    /* spread [4n] = H(grad * svh), grad [n]; `used` as above */
+    /* spread [4n at most] = H(grad * svh), grad [n]; `used` as above */
     void (*rotate_grad)(float *spread, const float *grad, const uint16_t *svh, int64_t n, int64_t used);
     /* dx [rows, 128] = spread rows [rows, 4n] times the transpose of the 128 input rows of `block` */
     void (*multiply_transposed)(float *dx, const struct mm_weight *weight, int64_t block, const float *spread,

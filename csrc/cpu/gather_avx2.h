@@ -35,8 +35,7 @@ static void plan_gather(struct gather_plan *plan, int rate2) {
     }
 }
 
-static void prepare_int16(void) {
-    prepare();
+static void prepare(void) {
 #define X(rate2) \
     if (rate2 != 2 && rate2 != 4 && rate2 != 8) plan_gather(&gather_plans[rate2], rate2);
     MM_ALL_RATES2(X)

@@ -184,7 +184,7 @@ static void multiply_int16(float *y, const struct mm_weight *weight, int64_t blo
 
 static const struct mm_kernels kernels_int16 = {
     .name = INT16_LEVEL,
-    .prepare = prepare_int16,
+    .prepare = prepare,
     .load = load,
     .store = store,
     .row_floats = row_floats_int16,

@@ -1,5 +1,5 @@
 /* All routed experts of a layer: the drivers of moe_trellis_swiglu and its gradient.
- * (token, expert) pairs are sorted by expert and cut into segments of up to 64 rows of one expert, so that each packed
+ * (token, expert) pairs are sorted by expert and cut into segments of up to 128 rows of one expert, so that each packed
  * tile is decoded once a segment; segments run in chunks that bound the scratch memory. Sums over a token's experts are
  * taken in the order of expert ids, whatever the chunk or thread, so results do not depend on either. */
 #include <string.h>

@@ -95,6 +95,7 @@ static void store_half(uint16_t *out, const float *in, int64_t count) {
 }
 
 #include "cpu/kernels.h"
+#include "cpu/tiles.h"
 
 const struct mm_kernels *mm_kernels_neon(void) { return &kernels; }
 #else

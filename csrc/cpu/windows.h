@@ -1,7 +1,7 @@
 /* How to cut the 16-bit windows of 8 trellis positions out of a tile with one byte shuffle and one shift: a byte shuffle
  * brings each position's 3 stream bytes into its 32-bit lane, a per-lane shift leaves the window. That works for every
- * rate, half rates included, so rates differ by tables only. Leaves the shuffle itself to the level: AVX2's vpshufb and
- * NEON's tbl read the same table (both write 0 for an index with its top bit set).
+ * rate, half rates included, so rates differ by tables only. Leaves the shuffle itself to the level: NEON's tbl reads the
+ * table (x86's pshufb could: both write 0 for an index with its top bit set).
  * Included once by a level's file, after vector.h, which first defines
  *   WINDOW_ORDERS        how many orders of lanes the level loads windows in
  *   window_lanes         [WINDOW_ORDERS][8]: which of the 8 positions goes to each lane
