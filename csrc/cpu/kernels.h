@@ -1,5 +1,5 @@
 /* The kernels of a SIMD level, in C over 8-wide vectors. Included once by each level's file, which first defines
- *   LEVEL                       the level's name, for the table
+ *   LEVEL                       the level's name, for the table; without it there is no table
  *   tile_reader                 what decoding one tile needs
  *   tile_open(rate2, tile)      -> tile_reader
  *   tile_decode(&reader, group, codebook) -> vec8: trellis positions 8 group .. 8 group + 7
@@ -389,6 +389,7 @@ static float dot(const float *a, const float *b, int64_t count) {
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])) + rest;
 }
 
+#ifdef LEVEL
 static const struct mm_kernels kernels = {
     .name = LEVEL,
     .prepare = prepare,
@@ -404,3 +405,4 @@ static const struct mm_kernels kernels = {
     .activate = activate,
     .dot = dot,
 };
+#endif
