@@ -333,7 +333,7 @@ static void hadamard(double *sum, double *absolute, const double *in) {
         absolute[i] = total * (double)MM_HADAMARD_SCALE;
     }
 }
-#define HADAMARD_ROUNDINGS 12 /* 7 additions, the scale, 4 butterflies (kernels.h, hadamard128) */
+#define HADAMARD_ROUNDINGS 12 /* the scale, 7 additions, 4 butterflies (kernels.h, hadamard128) */
 
 static void check_rotations(void) {
     enum { WIDTH = 3 * BLOCK, USED = WIDTH - 37, ROWS = 3 };

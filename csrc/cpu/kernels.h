@@ -36,14 +36,16 @@ INLINE void butterflies(vec8 *v, int count) {
 }
 
 /* v [128] times the natural-order (Sylvester) Hadamard matrix over sqrt(128). The lower 3 bits of the index are a
- * product with an 8 x 8 sign matrix: broadcasts and adds, which need no shuffle. */
+ * product with an 8 x 8 sign matrix: broadcasts and adds, which need no shuffle. The scale comes first: only products with a sign
+ * are added, so that it makes no difference which of them a compiler fuses with an addition. */
 INLINE void hadamard128(vec8 *v) {
     const vec8 *signs = (const vec8 *)(const void *)hadamard8;
+    for (int i = 0; i < 16; i++) v[i] *= MM_HADAMARD_SCALE;
     for (int i = 0; i < 16; i++) {
         const float *s = (const float *)&v[i];
         vec8 sum = signs[0] * s[0];
         for (int j = 1; j < 8; j++) sum += signs[j] * s[j];
-        v[i] = sum * MM_HADAMARD_SCALE;
+        v[i] = sum;
     }
     butterflies(v, 16);
 }
