@@ -481,6 +481,27 @@ static void check_integer_states(const struct mm_kernels *level, const struct mm
     mm_free(rows), mm_free(y), mm_free(scratch), mm_free(x), mm_free(ones);
 }
 
+/* Their integer sums are exact and their few float operations the same, so such levels agree bit for bit. */
+static void check_integer_agreement(const struct mm_weight *weight) {
+    enum { ROWS = 15 }; /* 8 + 4 + 3: products of several rows at once, and of the rest */
+    static float y[2][ROWS * BLOCK];
+    const int64_t k = weight->k, ld = k / BLOCK * MM_MAX_ROW_FLOATS;
+    float *rows = zeros((size_t)(ROWS * ld) * sizeof *rows), *scratch = zeros(MM_MULTIPLY_SCRATCH * sizeof *scratch);
+    float *x = random_floats(ROWS * k, 3);
+    const char *first = NULL;
+    for (int l = 0; l < level_count; l++) {
+        if (!in_integers(levels[l], weight->codebook)) continue;
+        for (int64_t r = 0; r < ROWS; r++)
+            levels[l]->rotate_in(rows + r * ld, x + r * k, weight->suh, k, k, weight->codebook);
+        levels[l]->multiply(y[first != NULL], weight, 1, rows, ld, ROWS, scratch);
+        for (int i = 0; first && i < ROWS * BLOCK; i++)
+            check(mm_bits_of_float(y[0][i]) == mm_bits_of_float(y[1][i]), "%s: multiply, element %d: %a, but %a from %s",
+                  levels[l]->name, i, (double)y[1][i], (double)y[0][i], first);
+        if (!first) first = levels[l]->name;
+    }
+    mm_free(rows), mm_free(scratch), mm_free(x);
+}
+
 static void check_products(int codebook, int rate2) {
     enum { K = 384, N = 256, ROWS = MM_ROW_BLOCK };
     static const int counts[] = {1, 2, 3, 4, 5, 6, 7, ROWS};
@@ -494,6 +515,7 @@ static void check_products(int codebook, int rate2) {
             check_integer_products(levels[l], &weight, w);
             check_integer_states(levels[l], &weight, w);
         }
+    check_integer_agreement(&weight);
     for (int r = 0; r < ROWS; r++) {
         for (int i = 0; i < 2 * K; i++) tiled[r * 2 * K + i] = x[r * K + i / 32 * 16 + MM_TILE_ROW(i % 32)];
         for (int i = 0; i < 4 * N; i++) {
