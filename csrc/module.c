@@ -25,16 +25,18 @@ static PyObject *tuple_of(const char *const *names, int count) {
     return tuple;
 }
 
-static PyObject *level_names(void) {
+static PyObject *level_names(bool exact_only) {
     const char *names[MM_MAX_CPU_LEVELS];
-    for (int i = 0; i < level_count; i++) names[i] = levels[i]->name;
-    return tuple_of(names, level_count);
+    int count = 0;
+    for (int i = 0; i < level_count; i++)
+        if (levels[i]->exact || !exact_only) names[count++] = levels[i]->name;
+    return tuple_of(names, count);
 }
 
 static bool choose_level(const char *name, const char *source) {
     for (int i = 0; i < level_count; i++)
         if (!strcmp(levels[i]->name, name)) return use_level(levels[i]), true;
-    PyObject *names = level_names();
+    PyObject *names = level_names(false);
     if (names) PyErr_Format(PyExc_ValueError, "%s is '%s'; this machine runs %S", source, name, names);
     Py_XDECREF(names);
     return false;
@@ -47,7 +49,12 @@ static PyObject *cpu_level(PyObject *self, PyObject *unused) {
 
 static PyObject *cpu_levels(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
-    return level_names();
+    return level_names(false);
+}
+
+static PyObject *exact_cpu_levels(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return level_names(true);
 }
 
 static PyObject *set_cpu_level(PyObject *self, PyObject *name) {
@@ -98,6 +105,9 @@ static PyMethodDef methods[] = {
      "ends that. Kernels run asynchronously: synchronize the emulator before reading results."},
     {"cpu_level", cpu_level, METH_NOARGS, "cpu_level() -> str: the SIMD level in use."},
     {"cpu_levels", cpu_levels, METH_NOARGS, "cpu_levels() -> tuple[str, ...]: what this machine runs, slowest first."},
+    {"exact_cpu_levels", exact_cpu_levels, METH_NOARGS,
+     "exact_cpu_levels() -> tuple[str, ...]: those of them that multiply with the format's weights to the bit, and float32 "
+     "inputs; the others leave out mul1's rounding to binary16 and round inputs to 16 bits."},
     {"set_cpu_level", set_cpu_level, METH_O,
      "set_cpu_level(name): switch the SIMD level for calls that start from now on. ValueError for one that this "
      "machine does not run."},

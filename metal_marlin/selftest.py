@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from metal_marlin import _C, cli_info
 from metal_marlin.mps import mps_problem
-from metal_marlin.selftest_cases import AMOUNTS, OPS, Case, Sizes, cases_of, moved
+from metal_marlin.selftest_cases import AMOUNTS, OPS, Case, Mul1, Sizes, cases_of, moved
 from metal_marlin.selftest_checks import CHECKS, Check, Results, compare, same_bits
 
 REFERENCE = "scalar"
@@ -49,6 +49,7 @@ class Target:
     run: Callable[[Callable[[], Results]], Results]
     device: str = "cpu"
     metal: bool = False  # whether Metal kernels do the work
+    mul1: Mul1 = Mul1.ROUNDED
 
     def put(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)
@@ -66,7 +67,8 @@ def cpu_target(level: str) -> Target:
         finally:
             _C.set_cpu_level(before)
 
-    return Target(f"cpu {level}", run)
+    exact = level in _C.exact_cpu_levels()
+    return Target(f"cpu {level}", run, mul1=Mul1.ROUNDED if exact else Mul1.UNROUNDED)
 
 
 def mps_target() -> Target:
@@ -75,7 +77,7 @@ def mps_target() -> Target:
         torch.mps.synchronize()
         return tuple(result.cpu() for result in results)
 
-    return Target("mps", run, device="mps", metal=True)
+    return Target("mps", run, device="mps", metal=True, mul1=Mul1.UNROUNDED_DECODE)
 
 
 def targets_here() -> list[Target]:
@@ -144,7 +146,7 @@ def run_case(case: Case, targets: Sequence[Target], sizes: Sizes) -> list[Result
     try:
         prepared = case.prepare(sizes)
         want = cpu_target(REFERENCE).run(lambda: prepared.call(prepared.inputs))
-        bounds = {metal: prepared.bounds(want, metal) for metal in (False, True)}
+        bounds = {mul1: prepared.bounds(want, mul1) for mul1 in Mul1}
     except Exception as error:
         for result in found:
             result.problem = f"the reference failed: {first_line(error)}"
@@ -160,7 +162,7 @@ def run_case(case: Case, targets: Sequence[Target], sizes: Sizes) -> list[Result
                 first = second = ()
         result.log = log.text
         if result.problem is None:
-            allowed = bounds[target.metal]
+            allowed = bounds[target.mul1]
             compared = [compare(*parts) for parts in zip(prepared.outputs, first, want, allowed, strict=True)]
             result.worst = max(worst for _, worst in compared)
             result.problem = next((problem for problem, _ in compared if problem), None)

@@ -7,6 +7,7 @@ tested here. How cases are run, timed and reported is in selftest.py.
 
 from __future__ import annotations
 
+import enum
 import itertools
 import math
 import zlib
@@ -47,9 +48,10 @@ ROTATIONS = 2 * 9  # seven additions, one scale of the transform, one of suh or 
 # exp within 4 ulp and a division within 2.5 (Metal's tables for precise maths), the polynomial of erf within 2, and the
 # products around them; the slope of an activation passes errors of g on, enlarged by less than 3
 ACTIVATION, SLOPE = 16.0, 3.0
-# Metal's decode kernels leave out mul1's rounding of a weight to binary16, worth 2.1e-4 of a weight's size (the root
-# mean square over a codebook that is near normal with deviation 1: up to 2**-11 from 1 to 2, half of that below, ...).
-# Over a product it stays 2.1e-4 of the result's size; eight of these, and on one side only.
+# Metal's decode kernels and the CPU's 16-bit levels leave out mul1's rounding of a weight to binary16, worth 2.1e-4
+# of a weight's size (the root mean square over a codebook that is near normal with deviation 1: up to 2**-11 from 1
+# to 2, half of that below, ...). Over a product it stays 2.1e-4 of the result's size; eight of these, and on one side
+# only. Inputs of 16 bits add a sixth of that at most.
 MUL1_UNROUNDED = 8 * 2.0**-12 / (SIDES_AND_SPREAD * U)
 #: What the last rounding, to the result's dtype, may add on either side, relative to the value.
 LAST = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -61,10 +63,18 @@ def product_error(inputs: int, unrounded: bool = False) -> float:
     return math.sqrt(inputs + ROTATIONS) + (MUL1_UNROUNDED if unrounded else 0.0)
 
 
-def is_unrounded(values: Mapping[str, Any], metal: bool) -> bool:
-    """Whether this combination decodes mul1 in a Metal decode kernel."""
-    form = values["format"]
-    return metal and values["rows"] != PREFILL and (form == MIXED or form[0] == "mul1")
+class Mul1(enum.Enum):
+    """Where a side multiplies with mul1's weights as they are before their rounding to binary16."""
+
+    ROUNDED = "nowhere"
+    UNROUNDED_DECODE = "up to 8 rows"
+    UNROUNDED = "everywhere"
+
+
+def is_unrounded(values: Mapping[str, Any], mul1: Mul1) -> bool:
+    """Whether this combination multiplies so."""
+    form, few = values["format"], values["rows"] != PREFILL
+    return (mul1 is Mul1.UNROUNDED or (mul1 is Mul1.UNROUNDED_DECODE and few)) and (form == MIXED or form[0] == "mul1")
 
 
 def allowed(want: Tensor, relative: float, size: Tensor | None = None) -> Tensor:
@@ -92,12 +102,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Prepared:
-    """`call(inputs)` runs the op; `bounds(the reference's results, whether the other side is Metal)` says what that
+    """`call(inputs)` runs the op; `bounds(the reference's results, how the other side takes mul1)` says what that
     side may differ by."""
 
     inputs: Any
     call: Callable[[Any], tuple[Tensor, ...]]
-    bounds: Callable[[tuple[Tensor, ...], bool], tuple[Tensor, ...]]
+    bounds: Callable[[tuple[Tensor, ...], Mul1], tuple[Tensor, ...]]
     outputs: tuple[str, ...] = ("y",)
 
 
@@ -213,8 +223,8 @@ def prepare_linear(values: Mapping[str, Any], generator: torch.Generator, sizes:
     def call(inputs: Any) -> tuple[Tensor, ...]:
         return (ops.trellis_linear(*inputs, codebook=w.codebook, out_features=outputs),)
 
-    def bounds(want: tuple[Tensor, ...], metal: bool) -> tuple[Tensor, ...]:
-        return (allowed(want[0], product_error(sizes.hidden, is_unrounded(values, metal))),)
+    def bounds(want: tuple[Tensor, ...], mul1: Mul1) -> tuple[Tensor, ...]:
+        return (allowed(want[0], product_error(sizes.hidden, is_unrounded(values, mul1))),)
 
     return Prepared((x, w.trellis, w.suh, w.svh, w.bias), call, bounds)
 
@@ -228,7 +238,7 @@ def prepare_dequantize(values: Mapping[str, Any], generator: torch.Generator, si
         rows, columns = sizes.hidden, sizes.intermediate
         return (ops.dequantize(trellis, suh, svh, codebook=w.codebook, in_features=rows, out_features=columns),)
 
-    def bounds(want: tuple[Tensor, ...], metal: bool) -> tuple[Tensor, ...]:
+    def bounds(want: tuple[Tensor, ...], mul1: Mul1) -> tuple[Tensor, ...]:
         """The codebook's values are defined bit by bit; two rotations of them are sums like any other."""
         rotated = values["domain"] == "rotated"
         return (exact(want[0]) if rotated else allowed(want[0], math.sqrt(ROTATIONS), want[0].abs().max().double()),)
@@ -288,8 +298,8 @@ def prepare_moe(values: Mapping[str, Any], generator: torch.Generator, sizes: Si
         options = {"activation": values["activation"], "alpha": ALPHA, "limit": LIMIT}
         return (ops.moe_trellis_swiglu(*inputs, intermediate=sizes.intermediate, **options),)
 
-    def bounds(want: tuple[Tensor, ...], metal: bool) -> tuple[Tensor, ...]:
-        return (moe_bound(want[0], sizes, is_unrounded(values, metal)),)
+    def bounds(want: tuple[Tensor, ...], mul1: Mul1) -> tuple[Tensor, ...]:
+        return (moe_bound(want[0], sizes, is_unrounded(values, mul1)),)
 
     return Prepared((x, weights, ids, m.gate, m.up, m.down), call, bounds)
 
@@ -325,7 +335,7 @@ def prepare_router(values: Mapping[str, Any], generator: torch.Generator, sizes:
     def call(inputs: Any) -> tuple[Tensor, ...]:
         return tuple(ops.router(*inputs, **options, return_logits=True))
 
-    def bounds(want: tuple[Tensor, ...], metal: bool) -> tuple[Tensor, ...]:
+    def bounds(want: tuple[Tensor, ...], mul1: Mul1) -> tuple[Tensor, ...]:
         """exp turns a logit's absolute error into a relative one of each weight and of the sum it is divided by."""
         weights, ids, logits = want
         # a sum of `hidden` products, with partial sums no larger than the row's largest logits

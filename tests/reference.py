@@ -173,8 +173,8 @@ class Unrounded(Packed):
 
 
 class Integer(Unrounded):
-    """mul1 as levels in 16-bit integers multiply it: unrounded weights, every rotated input to a multiple of 1 / 32767 of
-    its block's largest. The integer sums are exact."""
+    """mul1 as levels in 16-bit integers multiply it: unrounded weights, every rotated input to a multiple of 1 / 32767
+    of its block's largest. The integer sums are exact."""
 
     @property
     def hoisted(self) -> float:
@@ -321,8 +321,8 @@ def linear_bound(x: np.ndarray, p: Packed, out_features: int) -> np.ndarray:
     inputs, which is off by at most 16 roundings of the sum of their sizes: the same in all columns of a block, which is
     what the output rotation gathers in the block's first column.
 
-    Rounded inputs are each off by an even share of +- half a step, step / sqrt(12) in the mean square; 6 times that bounds
-    their sum, by the argument of `chain_bound`.
+    Rounded inputs are each off by an even share of +- half a step, step / sqrt(12) in the mean square; 6 times that
+    bounds their sum, by the argument of `chain_bound`.
     """
     suh, svh = p.suh.astype(np.float64), p.svh.astype(np.float64)
     bias = 0.0 if p.bias is None else np.abs(p.bias[:out_features].astype(np.float64))

@@ -48,7 +48,9 @@ def test_is_the_matrix_of_the_linear(backend: Backend, rng: np.random.Generator)
     p = ref.random_packed(rng, 200, 300, 7, "mul1")
     y = backend.linear(backend.put(np.eye(200), "float32"), p, 300)
     w = ops.dequantize(*backend.packed(p), "mul1", 200, 300)
-    assert_close(y, array(w), bound(p)[:200, :300] + ref.linear_bound(np.eye(200), p, 300))
+    used = backend.multiplied(p, 200)
+    rounding = np.abs(used.dense - p.dense)[:200, :300]  # what this backend leaves out
+    assert_close(y, array(w), bound(p)[:200, :300] + ref.linear_bound(np.eye(200), used, 300) + rounding)
 
 
 def test_one_empty_scale(backend: Backend, rng: np.random.Generator) -> None:

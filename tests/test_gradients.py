@@ -13,6 +13,12 @@ import torch.nn.functional as F
 from conftest import DTYPES, Backend, assert_close, ops, same_bits
 from samples import EXPERTS, LINEAR, OPS, linear_args, moe_args, outputs, router_args
 
+import metal_marlin._C as _C
+
+# A level that is not exact computes the pre-activations again, off by 2.1e-4 of their size in the root mean square;
+# slopes of the activations and the limit of one enlarge that. The backward's own arithmetic is the exact levels' too.
+INEXACT = 2e-2
+
 
 def close_gradient(got: torch.Tensor, want: torch.Tensor, width: int, what: str) -> None:
     """A gradient runs through at most three chains of products (gate or up, down, and back), each off by 4 sqrt(width
@@ -21,6 +27,7 @@ def close_gradient(got: torch.Tensor, want: torch.Tensor, width: int, what: str)
     want_array = want.detach().double().numpy()
     rms = np.sqrt((want_array**2).mean(axis=-1, keepdims=True))
     bound = 3 * 4 * np.sqrt((width + 16) * width) * ref.F32 * rms
+    bound = bound + (0 if _C.cpu_level() in _C.exact_cpu_levels() else INEXACT * rms)
     assert np.abs(want_array).max() > 0, f"{what}: this gradient tests nothing"
     assert_close(got, want_array, ref.rounded(bound, want_array, str(got.dtype).removeprefix("torch.")), what)
 

@@ -56,6 +56,7 @@ struct mm_weight mm_stack_weight(const struct mm_stack *stack, int64_t expert);
  * A gradient row travels as "spread": for each 16 columns, 8 groups: column c four times, column c+8 four times. */
 struct mm_kernels {
     const char *name;
+    bool exact; /* multiplies with the format's weights and float32 inputs; int16.h says what it means if not */
     void (*prepare)(void); /* builds the level's tables; called when the level becomes active, may run again */
     void (*load)(float *out, const void *in, enum mm_float type, int64_t stride, int64_t count);
     void (*store)(void *out, const float *in, enum mm_float type, int64_t count);

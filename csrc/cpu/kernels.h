@@ -394,6 +394,7 @@ static float dot(const float *a, const float *b, int64_t count) {
 #ifdef LEVEL
 static const struct mm_kernels kernels = {
     .name = LEVEL,
+    .exact = true,
     .prepare = prepare,
     .load = load,
     .store = store,
