@@ -333,7 +333,7 @@ static void hadamard(double *sum, double *absolute, const double *in) {
         absolute[i] = total * (double)MM_HADAMARD_SCALE;
     }
 }
-#define HADAMARD_ROUNDINGS 12 /* 7 additions, the scale, 4 butterflies (kernels.h, hadamard128) */
+#define HADAMARD_ROUNDINGS 12 /* the scale, 7 additions, 4 butterflies (kernels.h, hadamard128) */
 
 /* The forms that rows travel in (cpu.h): "tiled" or "paired" inputs, and gradients spread to match, told apart by a row's length. */
 static bool paired(const struct mm_kernels *level) { return level->row_floats(MM_CODEBOOK_3INST) == BLOCK; }
@@ -494,6 +494,27 @@ static void check_integer_states(const struct mm_kernels *level, const struct mm
     mm_free(rows), mm_free(y), mm_free(scratch), mm_free(x), mm_free(ones);
 }
 
+/* Their integer sums are exact and their few float operations the same, so such levels agree bit for bit. */
+static void check_integer_agreement(const struct mm_weight *weight) {
+    enum { ROWS = 15 }; /* 8 + 4 + 3: products of several rows at once, and of the rest */
+    static float y[2][ROWS * BLOCK];
+    const int64_t k = weight->k, ld = k / BLOCK * MM_MAX_ROW_FLOATS;
+    float *rows = zeros((size_t)(ROWS * ld) * sizeof *rows), *scratch = zeros(MM_MULTIPLY_SCRATCH * sizeof *scratch);
+    float *x = random_floats(ROWS * k, 3);
+    const char *first = NULL;
+    for (int l = 0; l < level_count; l++) {
+        if (!in_integers(levels[l], weight->codebook)) continue;
+        for (int64_t r = 0; r < ROWS; r++)
+            levels[l]->rotate_in(rows + r * ld, x + r * k, weight->suh, k, k, weight->codebook);
+        levels[l]->multiply(y[first != NULL], weight, 1, rows, ld, ROWS, scratch);
+        for (int i = 0; first && i < ROWS * BLOCK; i++)
+            check(mm_bits_of_float(y[0][i]) == mm_bits_of_float(y[1][i]), "%s: multiply, element %d: %a, but %a from %s",
+                  levels[l]->name, i, (double)y[1][i], (double)y[0][i], first);
+        if (!first) first = levels[l]->name;
+    }
+    mm_free(rows), mm_free(scratch), mm_free(x);
+}
+
 static void check_products(int codebook, int rate2) {
     enum { K = 384, N = 256, ROWS = MM_ROW_BLOCK };
     static const int counts[] = {1, 2, 3, 4, 5, 6, 7, ROWS};
@@ -517,6 +538,7 @@ static void check_products(int codebook, int rate2) {
             check_integer_products(levels[l], &weight, w);
             check_integer_states(levels[l], &weight, w);
         }
+    check_integer_agreement(&weight);
     for (int transposed = 0; transposed < 2; transposed++) {
         int block = transposed ? 2 : 1, terms = transposed ? N : K;
         for (int r = 0; r < ROWS; r++)

@@ -90,8 +90,10 @@ struct mm_kernels {
 const struct mm_kernels *mm_kernels_scalar(void);
 const struct mm_kernels *mm_kernels_neon(void);
 const struct mm_kernels *mm_kernels_avx2(void);
+const struct mm_kernels *mm_kernels_neon_int16(void);
 const struct mm_kernels *mm_kernels_avx2_int16(void);
-#define MM_CPU_LEVELS(X) X(scalar) X(neon) X(avx2) X(avx2_int16)
+const struct mm_kernels *mm_kernels_avx512_int16(void);
+#define MM_CPU_LEVELS(X) X(scalar) X(neon) X(avx2) X(neon_int16) X(avx2_int16) X(avx512_int16)
 
 extern const struct mm_kernels *mm_cpu; /* the active level; set once at import, and by tests */
 #define MM_MAX_CPU_LEVELS 8

@@ -1,4 +1,4 @@
-/* gather_halves for AVX2 (see int16.h): the halfwords of a tile's 16 groups, one lane a group, in the groups' order.
+/* gather_halves for AVX2 (panel.h, int16.h): the halfwords of a tile's 16 groups, one lane a group, in the groups' order.
  * A memory dword is the stream's 4 bytes in reverse, so its first halfword is the high one. Rates 1, 2 and 4 are a few shuffles
  * of whole registers; 1.5, 2.5 and 3 shuffle the bytes of two groups at a time, the others those of one, by tables, and transpose. */
 

@@ -1,6 +1,6 @@
 /* The kernels of a SIMD level that do not depend on how it decodes: Hadamards, conversions, activations, and the level's table.
  * In C over 8-wide vectors. Included once by each level's file, which first defines
- *   LEVEL                       the level's name, for the table
+ *   LEVEL                       the level's name, for the table; without it there is no table
  *   prepare                     builds the level's tables
  *   load_half, store_half       binary16 rows
  * and then includes the products, which complete the functions declared here: tiles.h or panel.h. */
@@ -42,14 +42,16 @@ INLINE void butterflies(vec8 *v, int count) {
 }
 
 /* v [128] times the natural-order (Sylvester) Hadamard matrix over sqrt(128). The lower 3 bits of the index are a
- * product with an 8 x 8 sign matrix: broadcasts and adds, which need no shuffle. */
+ * product with an 8 x 8 sign matrix: broadcasts and adds, which need no shuffle. The scale comes first: only products with a sign
+ * are added, so that it makes no difference which of them a compiler fuses with an addition. */
 INLINE void hadamard128(vec8 *v) {
     const vec8 *signs = (const vec8 *)(const void *)hadamard8;
+    for (int i = 0; i < 16; i++) v[i] *= MM_HADAMARD_SCALE;
     for (int i = 0; i < 16; i++) {
         const float *s = (const float *)&v[i];
         vec8 sum = signs[0] * s[0];
         for (int j = 1; j < 8; j++) sum += signs[j] * s[j];
-        v[i] = sum * MM_HADAMARD_SCALE;
+        v[i] = sum;
     }
     butterflies(v, 16);
 }
@@ -251,20 +253,19 @@ static void dots(float *out, int64_t ld, const float *const *a, int64_t rows, co
         }
 }
 
+/* What every table of a level's file has in common. */
+#define SHARED_KERNELS                                                                                         \
+    .load = load, .store = store, .rotate_out = rotate_out, .rotate_grad = rotate_grad,                        \
+    .multiply_transposed = multiply_transposed, .dequantize = dequantize, .activate = activate, .dot = dot, .dots = dots
+
+#ifdef LEVEL
 static const struct mm_kernels kernels = {
     .name = LEVEL,
     .exact = true,
     .prepare = prepare,
-    .load = load,
-    .store = store,
     .row_floats = row_floats,
     .rotate_in = rotate_in,
     .multiply = multiply,
-    .rotate_out = rotate_out,
-    .rotate_grad = rotate_grad,
-    .multiply_transposed = multiply_transposed,
-    .dequantize = dequantize,
-    .activate = activate,
-    .dot = dot,
-    .dots = dots,
+    SHARED_KERNELS,
 };
+#endif

@@ -1,5 +1,5 @@
-/* The NEON level, for every arm64 CPU (Armv8.0 has all that it uses): 8 trellis positions at a time in two registers,
- * windows by table lookup and per-lane shift (windows.h), half conversions in hardware. */
+/* The NEON levels, for every arm64 CPU (Armv8.0 has all that they use). In floats: 8 trellis positions at a time in two registers,
+ * windows by table lookup and per-lane shift (windows.h), half conversions in hardware. In 16-bit integers: int16.h. */
 #if defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
 #include <arm_neon.h>
 #include <string.h>
@@ -97,8 +97,57 @@ static void store_half(uint16_t *out, const float *in, int64_t count) {
 #include "cpu/kernels.h"
 #include "cpu/tiles.h"
 
+/* ---- mul1 in 16-bit integers ---- */
+
+#define INT16_LEVEL "neon-int16"
+#define POSITIONS 32
+#define MOST_ROWS 4
+#define FUNNEL(before, after, shift) vsriq_n_u16(vshlq_n_u16(before, shift), after, 16 - (shift))
+typedef uint16x8_t halves;
+typedef int32x4_t sums32;
+
+INLINE halves product_high(halves a, halves b) {
+    uint32x4_t low = vmull_u16(vget_low_u16(a), vget_low_u16(b)), high = vmull_high_u16(a, b);
+    return vuzp2q_u16(vreinterpretq_u16_u32(low), vreinterpretq_u16_u32(high));
+}
+
+INLINE halves sums_of_bytes(halves low, halves high) {
+    return vpadalq_u8(vpaddlq_u8(vreinterpretq_u8_u16(low)), vreinterpretq_u8_u16(high));
+}
+
+INLINE void add_products(sums32 *sums, halves s, const int16_t *q, int step) {
+    int16x8_t factors = vld1q_s16(q + step / 8 * 8), values = vreinterpretq_s16_u16(s);
+    switch (step % 8) { /* by lane: one register of factors serves 8 steps */
+#define CASE(lane)                                                                     \
+    case lane:                                                                         \
+        sums[0] = vmlal_laneq_s16(sums[0], vget_low_s16(values), factors, lane);       \
+        sums[1] = vmlal_high_laneq_s16(sums[1], values, factors, lane);                \
+        break;
+        CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+#undef CASE
+    default:
+        break;
+    }
+}
+
+INLINE ivec8 round_values(vec8 v) {
+    float32x4_t halved[2];
+    memcpy(halved, &v, sizeof v);
+    int32x4_t rounded[2] = {vcvtnq_s32_f32(halved[0]), vcvtnq_s32_f32(halved[1])};
+    ivec8 both;
+    memcpy(&both, rounded, sizeof both);
+    return both;
+}
+
+static void prepare_int16(void) { prepare(); }
+
+#include "cpu/gather_neon.h"
+#include "cpu/int16.h"
+
 const struct mm_kernels *mm_kernels_neon(void) { return &kernels; }
+const struct mm_kernels *mm_kernels_neon_int16(void) { return &kernels_int16; }
 #else
 #include "cpu/cpu.h"
 const struct mm_kernels *mm_kernels_neon(void) { return 0; }
+const struct mm_kernels *mm_kernels_neon_int16(void) { return 0; }
 #endif

@@ -9,9 +9,9 @@
  * starts at 0 in each block of 128 inputs and takes them in order, so a row's result does not depend on its neighbours, and its
  * error grows with 64 + k / 128 terms.
  *
- * A level defines before, with what int16.h needs as it says there:
+ * A level defines before:
  *   half16, short16                16 halfwords, unsigned and signed
- *   multiply_high, byte_sums, gather_halves, UNROLL
+ *   multiply_high, byte_sums, gather_halves, as int16.h's product_high, sums_of_bytes, halves_of_tiles of 16 positions a lane
  *   interleave(out, low, high)     out [2] = words low + 65536 * high: of lanes 0..3 and 8..11, of 4..7 and 12..15
  *   repeat_pair(pair)              two floats, 4 times
  *   add_pairs(a, b)                sums of neighbouring lanes: a's 4 lower, b's 4 lower, a's upper, b's upper */

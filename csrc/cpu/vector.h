@@ -11,6 +11,14 @@ typedef float vec8 __attribute__((vector_size(32), may_alias));
 typedef int32_t ivec8 __attribute__((vector_size(32), may_alias));
 typedef float uvec8 __attribute__((vector_size(32), aligned(4), may_alias)); /* unaligned loads */
 
+/* Before a loop: fully unrolled, so that what is indexed by its counter lies in registers. */
+#if defined(__clang__)
+#define UNROLL(count) _Pragma("unroll")
+#else
+#define UNROLL_PRAGMA(text) _Pragma(#text)
+#define UNROLL(count) UNROLL_PRAGMA(GCC unroll count)
+#endif
+
 /* Vectors never cross a call boundary here (all is inlined): the build silences -Wpsabi, which warns how they would. */
 
 #endif
