@@ -35,8 +35,6 @@ INLINE void add_products(sums32 *sums, halves s, const int16_t *q, int step) {
     __asm__("" : "+x"(sums[0]));
 }
 
-INLINE ivec8 round_values(vec8 v) { return (ivec8)_mm256_cvtps_epi32((__m256)v); }
-
 #include "cpu/gather_avx2.h"
 #include "cpu/int16.h"
 

@@ -33,8 +33,6 @@ INLINE void add_products(sums32 *sums, halves s, const int16_t *q, int step) {
     __asm__("vpdpwssd %2, %1, %0" : "+v"(sums[0]) : "v"(s), "v"(_mm512_set1_epi32(pair)));
 }
 
-INLINE ivec8 round_values(vec8 v) { return (ivec8)_mm256_cvtps_epi32((__m256)v); }
-
 #include "cpu/gather_avx512.h"
 #include "cpu/int16.h"
 

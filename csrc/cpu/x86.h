@@ -84,6 +84,8 @@ INLINE vec8 tile_decode(const tile_reader *reader, int group, int codebook) {
     }
 }
 
+INLINE ivec8 round_values(vec8 v) { return (ivec8)_mm256_cvtps_epi32((__m256)v); } /* for int16.h */
+
 static void load_half(float *out, const uint16_t *in, int64_t count) {
     int64_t whole = count / 8 * 8;
     for (int64_t i = 0; i < whole; i += 8)
