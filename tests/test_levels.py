@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,6 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "tests" / "levels.c", *sorted((ROOT / "csrc" / "cpu").glob("*.c"))]
 # As setup.py compiles them, but with the assertions.
 FLAGS = ["-std=c11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-UNDEBUG", f"-I{ROOT / 'csrc'}"]
+X86_64 = {  # levels, and what Linux calls the features that they need
+    "avx2": "avx2 fma f16c",
+    "avx2-int16": "avx2 fma f16c",
+    "avx512-int16": "avx2 fma f16c avx512f avx512bw avx512vl avx512vbmi avx512_vbmi2 avx512_vnni",
+}
 ARM64 = ["scalar", "neon", "neon-int16"]  # every arm64 CPU has NEON
 # Leaks are the test's own: it never frees its guarded memory. The suite itself may run under sanitizers.
 SANITIZER_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": ""}
@@ -77,6 +83,9 @@ def test_native(tmp_path: Path, sanitized: bool) -> None:
             pytest.skip(f"{compiler[0]} has no sanitizers here")
     levels = check(built(compiler, tmp_path / "levels", *flags))
     assert levels[0] == "scalar"
+    if (cpuinfo := Path("/proc/cpuinfo")).exists() and platform.machine() == "x86_64":
+        flags_here = set(re.findall(r"^flags\s*:(.*)", cpuinfo.read_text(), re.M)[0].split())
+        assert levels[1:] == [level for level, needs in X86_64.items() if set(needs.split()) <= flags_here]
     if platform.machine() in ("arm64", "aarch64"):
         assert levels == ARM64
 
