@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +20,11 @@ ROWS = 64  # random rows that a large matrix is made of, repeated: drawing gigab
 def dense_variants(prefix: str = "") -> list[Variant]:
     """One variant for each dtype."""
     return [Variant(f"{prefix}{name}", 8.0 * dtype.itemsize, LIMITS[name], "dense") for name, dtype in DTYPES.items()]
+
+
+def router_variants() -> list[Variant]:
+    """In bfloat16, logits that are rounded together may pick another of two experts: a weight of an eighth moves."""
+    return [dataclasses.replace(v, limit=0.5 if v.bits < 32 else v.limit) for v in dense_variants("ops ")]
 
 
 def filled(count: int, n: int, k: int, dtype: torch.dtype, weights: Array | None) -> Tensor:
@@ -39,7 +46,7 @@ class Dense(Contender):
         return {"version": torch.__version__}
 
     def variants(self, op: str) -> list[Variant]:
-        return dense_variants({"moe": "loop ", "linear": "linear ", "router": "ops "}[op])
+        return router_variants() if op == "router" else dense_variants({"moe": "loop ", "linear": "linear "}[op])
 
     def bytes_needed(self, shape: Shape, variant: str, cold_bytes: int) -> int:
         layer = shape.weights * DTYPES[variant.split()[1]].itemsize

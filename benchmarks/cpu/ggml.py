@@ -116,7 +116,7 @@ class Layers(Work):
                 ggml.backend_tensor_set(tensors[which], data.ctypes.data, 0, data.nbytes)
         self.tokens = 0
         self.allocator: Any = None
-        self.contexts: list[Any] = []
+        self.context: Any = None
         self.graphs: list[Graph] = []
 
     def data(self, kind: str, columns: int, rows: int, weights: Array | None) -> Array:
@@ -137,10 +137,9 @@ class Layers(Work):
         ggml = self.ggml
         self.allocator = ggml.gallocr_new(ggml.backend_cpu_buffer_type())
         self.tokens = tokens
+        self.context = ggml.context(self.copies << 20)  # of which most is never touched
         for tensors in self.tensors:
-            context = ggml.context()
-            self.contexts.append(context)
-            graph = (self.moe if self.shape.op == "moe" else self.linear)(context, tensors, tokens)
+            graph = (self.moe if self.shape.op == "moe" else self.linear)(self.context, tensors, tokens)
             ggml.set_output(graph.out)
             ggml.build_forward_expand(graph.made, graph.out)
             if not ggml.gallocr_alloc_graph(self.allocator, graph.made):
@@ -202,9 +201,9 @@ class Layers(Work):
         """Frees the graphs."""
         if self.allocator:
             self.ggml.gallocr_free(self.allocator)
-        for context in self.contexts:
-            self.ggml.free(context)
-        self.allocator, self.contexts, self.graphs, self.tokens = None, [], [], 0
+        if self.context:
+            self.ggml.free(self.context)
+        self.allocator, self.context, self.graphs, self.tokens = None, None, [], 0
 
     def close(self) -> None:
         self.forget()

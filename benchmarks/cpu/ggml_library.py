@@ -138,9 +138,13 @@ class Library:
         found: bytes | None = self.type_name(number)
         return (found or b"").decode().lower()
 
-    def context(self) -> Any:
-        """A context for tensors whose data lies elsewhere."""
-        return self.init(InitParams(1 << 20, None, True))
+    def context(self, size: int = 1 << 20) -> Any:
+        """A context for tensors whose data lies elsewhere. There can be 64 at a time in older versions, which answer
+        NULL beyond that and crash when it is used."""
+        made = self.init(InitParams(size, None, True))
+        if not made:
+            raise MemoryError("ggml has no context left")
+        return made
 
     def repacking(self) -> Any:
         """The buffer type that lays weights out for the processor as they are set. Absent: this build has none."""

@@ -1,7 +1,7 @@
 """The measuring: who is there, whose results are right, what fits into memory, and rounds of turns.
 
 In a round every contender has one turn, in an order drawn anew, so that clocks, heat and neighbours drift for all
-alike; only one process computes at a time. Who fails, dies, hangs or is too slow leaves the run with a sentence that says so.
+alike; only one process computes at a time. Who fails, dies, hangs or is too slow leaves the run with a sentence on why.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from benchmarks.dispatch import wording
 from benchmarks.dispatch.spread import Interval
 
 MARKS = {"met": "✓", "about": "~", "missed": "✗", "": ""}
+FIRST_TO_GO = ("runs", "error", "of peak", "of copy", "GFLOP/s", "middle half", "GB/s", "bits")
 LEGEND = "✓ met by the whole 95 % interval, ~ by the median alone, ✗ missed"
 
 
@@ -25,6 +26,21 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+
+    def within(self, width: int) -> Table:
+        """The table without the columns that matter least, until it fits, and a note that names them."""
+        kept = list(range(len(self.columns)))
+        size = [max(len(row[i]) for row in (self.columns, *self.rows)) + 2 for i in kept]
+        gone = []
+        for name in FIRST_TO_GO:
+            if sum(size[i] for i in kept) > width and name in self.columns:
+                kept.remove(self.columns.index(name))
+                gone.append(name)
+        if not gone:
+            return self
+        note = f"{self.note} Too narrow for: {', '.join(gone)}.".strip()
+        rows = tuple(tuple(row[i] for i in kept) for row in self.rows)
+        return Table(self.title, tuple(self.columns[i] for i in kept), rows, note)
 
 
 def milliseconds(seconds: float) -> str:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.padding import Padding
-from rich.rule import Rule
 from rich.table import Table as Rich
 from rich.text import Text
 
 from benchmarks.cpu import figures, tables
 from benchmarks.cpu.result import Report
 
+UNLIMITED = 400  # columns, where no terminal sets them: a file or a pipe gets every figure
 TITLE = "Our ops on this CPU, next to the other libraries here"
 
 
 def show(out: Console, report: Report) -> None:
-    """Facts, tables, and who did not take part."""
+    """Facts, tables, and who did not take part. A narrow terminal gets the columns that fit."""
+    if not out.is_terminal:
+        out.width = UNLIMITED
     out.print(Text(TITLE, style="bold"))
     grid = Rich.grid(padding=(0, 2))
     grid.add_column(no_wrap=True, style="dim")
@@ -26,15 +28,16 @@ def show(out: Console, report: Report) -> None:
     out.print(grid)
     for table in tables.every(report):
         out.print()
-        out.print(Rule(Text(table.title, style="bold"), align="left"))
+        out.print(Text(table.title, style="bold"))
+        shown = table.within(out.width if out.is_terminal else UNLIMITED)
         made = Rich(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
-        for index, column in enumerate(table.columns):
-            made.add_column(column, justify="right" if index else "left", no_wrap=bool(index), overflow="fold")
-        for row in table.rows:
+        for index, column in enumerate(shown.columns):
+            made.add_column(column, justify="right" if index else "left", no_wrap=True)
+        for row in shown.rows:
             made.add_row(*(Text(cell) for cell in row))
         out.print(Padding(made, (1, 0, 0, 0)))
-        if table.note:
-            out.print(Text(table.note, style="dim"))
+        if shown.note:
+            out.print(Text(shown.note, style="dim"))
     left_out(out, report)
 
 
@@ -43,7 +46,7 @@ def left_out(out: Console, report: Report) -> None:
     sentences = [*tables.absences(report), *report.excluded]
     if sentences:
         out.print()
-        out.print(Rule(Text("Not measured", style="bold"), align="left"))
+        out.print(Text("Not measured", style="bold"))
         for sentence in sentences:
             out.print(Text(sentence))
 
