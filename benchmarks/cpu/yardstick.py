@@ -15,7 +15,7 @@ from benchmarks.cpu.processes import ROOT, environment
 from benchmarks.machine import COPY_BYTES, copy_speed
 from benchmarks.timing import measure
 
-SIZE = 1536  # of a square product: large enough for a blocked one, small enough to be short
+SIZE = 1024  # of a square product: large enough for a blocked one, small enough to be short
 SECONDS = 300.0
 
 
