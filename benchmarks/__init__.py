@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks cpu` prints a table, `pytest benchmarks/` runs its cases too."""
+"""Benchmarks: `python -m benchmarks NAME` prints a report, `pytest benchmarks/` runs small cases."""

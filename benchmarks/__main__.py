@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from benchmarks import cpu
+from benchmarks.cpu import command as cpu
 from benchmarks.dispatch import command, compare
 
 
@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, module, run, what in (
-        ("cpu", cpu, cpu.main, "every op at every SIMD level, next to dense PyTorch"),
+        ("cpu", cpu, cpu.run, "every op at every SIMD level, next to the other libraries here (docs/cpu.md)"),
         ("dispatch", command, command.run, "does queueing MoE layers pay? about two minutes (docs/dispatch.md)"),
         ("compare", compare, compare.run, "what changed between two reports of dispatch --json"),
     ):

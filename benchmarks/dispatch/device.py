@@ -118,7 +118,7 @@ class Device:
             return free
         if self.type == "mps":
             return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-        return _host_free_bytes()
+        return host_free_bytes()
 
     def allocated_bytes(self) -> int | None:
         """Bytes in live tensors by the allocator's own count, None where it keeps none."""
@@ -144,7 +144,8 @@ class Device:
         return peak
 
 
-def _host_free_bytes() -> int | None:
+def host_free_bytes() -> int | None:
+    """The CPU's memory that may still be asked for, None where nobody tells."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.cases import random_tensor
 from benchmarks.dispatch.result import Settings
 from benchmarks.dispatch.sizes import BITS, CODEBOOK
+from benchmarks.random_weights import random_tensor
 from metal_marlin import TrellisExperts, TrellisLinear, TrellisRouter
 
 After = Callable[[], object]
