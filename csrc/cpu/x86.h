@@ -20,8 +20,6 @@ typedef int16_t short16 __attribute__((vector_size(32), may_alias));
 
 #include "cpu/gather_avx2.h"
 
-INLINE ivec8 round_values(vec8 v) { return (ivec8)_mm256_cvtps_epi32((__m256)v); } /* for int16.h */
-
 static void load_half(float *out, const uint16_t *in, int64_t count) {
     int64_t whole = count / 8 * 8;
     for (int64_t i = 0; i < whole; i += 8)
