@@ -99,10 +99,19 @@ extern const struct mm_kernels *mm_cpu; /* the active level; set once at import,
 #define MM_MAX_CPU_LEVELS 8
 int mm_cpu_levels(const struct mm_kernels **levels); /* fills what this machine runs; returns the count */
 
-/* parallel.c: items 0..count-1, each done by one thread, pulled in order. Each thread has scratch_bytes of its own,
- * 64-byte aligned. False: out of memory, nothing ran. Results must not depend on which thread runs an item. */
+/* parallel.c: phases one after the other, in one parallel region; the items 0..count-1 of a phase are each done by one thread, pulled in
+ * order, once all of the phase before are done. Each thread has scratch_bytes of its own, 64-byte aligned. False: out of memory,
+ * nothing ran. Results must not depend on which thread runs an item. At most 8 phases. */
 typedef void (*mm_item)(int64_t item, void *scratch, void *context);
-bool mm_parallel(int64_t count, size_t scratch_bytes, mm_item body, void *context);
+struct mm_phase {
+    int64_t count;
+    size_t scratch_bytes;
+    mm_item body;
+};
+bool mm_parallel(const struct mm_phase *phases, int count, void *context);
+#define MM_PARALLEL(context, ...) \
+    mm_parallel((const struct mm_phase[]){__VA_ARGS__}, \
+                (int)(sizeof((const struct mm_phase[]){__VA_ARGS__}) / sizeof(struct mm_phase)), context)
 struct mm_threads {
     int (*count)(void);
     void (*run)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void *), void *context);

@@ -61,8 +61,8 @@ static bool run_linear(struct linear *run) {
     for (run->first_row = 0; done && run->first_row < rows; run->first_row += chunk) {
         run->rows = rows - run->first_row < chunk ? rows - run->first_row : chunk;
         int64_t row_blocks = (run->rows + MM_ROW_BLOCK - 1) / MM_ROW_BLOCK;
-        done = mm_parallel(run->rows, (size_t)run->in_width * sizeof(float), rotate_row, run) &&
-               mm_parallel(row_blocks * blocks, scratch_bytes, multiply_block, run);
+        done = MM_PARALLEL(run, {run->rows, (size_t)run->in_width * sizeof(float), rotate_row},
+                           {row_blocks * blocks, scratch_bytes, multiply_block});
     }
     mm_free(run->rotated);
     return done;
@@ -106,6 +106,6 @@ static void dequantize_block(int64_t item, void *scratch, void *context) {
 bool mm_cpu_dequantize(const struct mm_weight *weight, bool rotated, int64_t in_features, int64_t out_features,
                        float *out) {
     struct dequantize run = {weight, rotated, in_features, out_features, out};
-    return mm_parallel(weight->k / MM_HADAMARD * (weight->n / MM_HADAMARD),
-                       MM_HADAMARD * MM_HADAMARD * sizeof(float), dequantize_block, &run);
+    return MM_PARALLEL(&run, {weight->k / MM_HADAMARD * (weight->n / MM_HADAMARD),
+                              MM_HADAMARD * MM_HADAMARD * sizeof(float), dequantize_block});
 }

@@ -141,10 +141,10 @@ static size_t product_scratch(const struct moe_run *run, int64_t buffers) {
 static bool forward_chunk(struct moe_run *run) {
     const struct mm_moe *moe = run->moe;
     int64_t segments = run->last_segment - run->first_segment;
-    return mm_parallel(run->chunk_pairs, (size_t)moe->gate.k * sizeof(float), rotate_token, run) &&
-           mm_parallel(segments * (moe->gate.n / MM_HADAMARD), product_scratch(run, 3), gate_up_block, run) &&
-           mm_parallel(segments * (moe->down.n / MM_HADAMARD), product_scratch(run, 0), down_block, run) &&
-           mm_parallel(moe->down.n / MM_HADAMARD, 0, combine_block, run);
+    return MM_PARALLEL(run, {run->chunk_pairs, (size_t)moe->gate.k * sizeof(float), rotate_token},
+                       {segments * (moe->gate.n / MM_HADAMARD), product_scratch(run, 3), gate_up_block},
+                       {segments * (moe->down.n / MM_HADAMARD), product_scratch(run, 0), down_block},
+                       {moe->down.n / MM_HADAMARD, 0, combine_block});
 }
 
 /* ---- backward ---- */
@@ -230,12 +230,12 @@ static bool backward_chunk(struct moe_run *run) {
     const struct mm_moe *moe = run->moe;
     int64_t segments = run->last_segment - run->first_segment, blocks = moe->gate.n / MM_HADAMARD;
     int64_t hidden_blocks = moe->gate.k / MM_HADAMARD;
-    return mm_parallel(run->chunk_pairs, (size_t)moe->gate.k * sizeof(float), rotate_token_and_grad, run) &&
-           mm_parallel(segments * blocks, product_scratch(run, 0), gate_up_again, run) &&
-           mm_parallel(segments * blocks, product_scratch(run, 2), activation_back, run) &&
-           mm_parallel(run->chunk_pairs, 0, rotate_activation_grads, run) &&
-           mm_parallel(segments * hidden_blocks, product_scratch(run, 1), input_back, run) &&
-           mm_parallel(hidden_blocks, 0, combine_block, run);
+    return MM_PARALLEL(run, {run->chunk_pairs, (size_t)moe->gate.k * sizeof(float), rotate_token_and_grad},
+                       {segments * blocks, product_scratch(run, 0), gate_up_again},
+                       {segments * blocks, product_scratch(run, 2), activation_back},
+                       {run->chunk_pairs, 0, rotate_activation_grads},
+                       {segments * hidden_blocks, product_scratch(run, 1), input_back},
+                       {hidden_blocks, 0, combine_block});
 }
 
 /* dweights [tokens, top_k] of the chunk: the blocks in order, then the bias */
@@ -356,7 +356,7 @@ static bool run_moe(struct moe_run *run, void *out, void *dweights) {
             done = run->grad ? backward_chunk(run) : forward_chunk(run);
             if (done && dweights) store_weight_grads(run, dweights, row);
         }
-        if (done && !wide) done = mm_parallel(tokens, 0, store_token, (void *[]){run, out});
+        if (done && !wide) done = MM_PARALLEL(((void *[]){run, out}), {tokens, 0, store_token});
     }
     if (!wide) mm_free(run->sum);
     mm_free(row);

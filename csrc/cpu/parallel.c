@@ -1,5 +1,11 @@
 /* Threads, scratch memory and strided rows for the CPU drivers. Owns how items are handed to threads: they are pulled
- * one by one, so experts with many tokens do not hold up the rest, and each item's result is the same whoever runs it. */
+ * one by one, so experts with many tokens do not hold up the rest, and each item's result is the same whoever runs it. Phases
+ * that need each other's results share one parallel region: waking a pool's sleeping threads costs more than a small layer. */
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE /* sched_yield under -std=c11 */
+#endif
+#include <assert.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
@@ -16,42 +22,75 @@ void *mm_alloc(size_t bytes) {
 
 void mm_free(void *memory) { free(memory); }
 
+#define MOST_PHASES 8
+
+/* How far a phase is; on a cache line of its own, since every thread writes to it. */
+struct progress {
+    _Alignas(64) atomic_int_fast64_t next, done;
+};
+
 struct pull {
-    atomic_int_fast64_t next_item, next_worker;
-    int64_t count;
+    struct progress progress[MOST_PHASES];
+    const struct mm_phase *phases;
+    int phase_count;
+    atomic_int_fast64_t next_worker;
     size_t scratch_bytes;
     char *scratch;
-    mm_item body;
     void *context;
 };
+
+static void pause_a_little(int64_t turn) {
+    if (turn >= 4096) {
+        sched_yield(); /* more threads than processors: let the one that works go on */
+        return;
+    }
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
 
 static void work(int64_t begin, int64_t end, void *context) {
     struct pull *pull = context;
     (void)begin, (void)end; /* one index is one worker, however the pool cut the range */
     int64_t worker = (int64_t)atomic_fetch_add(&pull->next_worker, 1);
     char *scratch = pull->scratch + (size_t)worker * pull->scratch_bytes;
-    for (;;) {
-        int64_t item = (int64_t)atomic_fetch_add(&pull->next_item, 1);
-        if (item >= pull->count) return;
-        pull->body(item, scratch, pull->context);
+    for (int p = 0; p < pull->phase_count; p++) {
+        struct progress *progress = &pull->progress[p];
+        const struct mm_phase *phase = &pull->phases[p];
+        for (;;) {
+            int64_t item = (int64_t)atomic_fetch_add(&progress->next, 1);
+            if (item >= phase->count) break;
+            phase->body(item, scratch, pull->context);
+            atomic_fetch_add(&progress->done, 1);
+        }
+        /* Only for items that running threads are at: a thread that the pool starts late, or never, holds nobody up. */
+        if (p + 1 < pull->phase_count)
+            for (int64_t turn = 0; atomic_load(&progress->done) < phase->count; turn++) pause_a_little(turn);
     }
 }
 
-bool mm_parallel(int64_t count, size_t scratch_bytes, mm_item body, void *context) {
-    if (count <= 0) return true;
-    int64_t workers = mm_threads.count();
-    if (workers > count) workers = count;
+bool mm_parallel(const struct mm_phase *phases, int count, void *context) {
+    struct pull pull = {.phases = phases, .phase_count = count, .context = context};
+    int64_t workers = mm_threads.count(), most = 0;
+    assert(count <= MOST_PHASES);
+    for (int p = 0; p < count; p++) {
+        if (phases[p].count > most) most = phases[p].count;
+        if (phases[p].scratch_bytes > pull.scratch_bytes) pull.scratch_bytes = phases[p].scratch_bytes;
+    }
+    if (most <= 0) return true;
+    if (workers > most) workers = most;
     if (workers < 1) workers = 1;
     /* A whole number of cache lines, so that two threads never write to one. */
-    scratch_bytes = (scratch_bytes + MM_ALIGNMENT - 1) / MM_ALIGNMENT * MM_ALIGNMENT;
-    char *scratch = mm_alloc((size_t)workers * scratch_bytes);
-    if (!scratch) return false;
-    struct pull pull = {0, 0, count, scratch_bytes, scratch, body, context};
+    pull.scratch_bytes = (pull.scratch_bytes + MM_ALIGNMENT - 1) / MM_ALIGNMENT * MM_ALIGNMENT;
+    pull.scratch = mm_alloc((size_t)workers * pull.scratch_bytes);
+    if (!pull.scratch) return false;
     if (workers == 1)
         work(0, 1, &pull);
     else
         mm_threads.run(0, workers, 1, work, &pull);
-    mm_free(scratch);
+    mm_free(pull.scratch);
     return true;
 }
 

@@ -138,7 +138,7 @@ bool mm_cpu_router(const struct mm_router *router, float *weights, int64_t *ids,
     struct router_run run = {router, weights, logits, ids, router->gate.rows, router->x.columns};
     int64_t blocks = (run.experts + EXPERTS_A_BLOCK - 1) / EXPERTS_A_BLOCK;
     int64_t token_blocks = (router->x.rows + TOKENS_A_BLOCK - 1) / TOKENS_A_BLOCK;
-    return mm_parallel(blocks * token_blocks, (size_t)(8 * EXPERTS_A_BLOCK * TOKENS_A_BLOCK + (EXPERTS_A_BLOCK + TOKENS_A_BLOCK) * run.hidden) * sizeof(float),
-                       logits_block, &run) &&
-           mm_parallel(router->x.rows, 0, route_token, &run);
+    size_t rows = (size_t)((EXPERTS_A_BLOCK + TOKENS_A_BLOCK) * run.hidden), sums = 8 * EXPERTS_A_BLOCK * TOKENS_A_BLOCK;
+    return MM_PARALLEL(&run, {blocks * token_blocks, (rows + sums) * sizeof(float), logits_block},
+                       {router->x.rows, 0, route_token});
 }
