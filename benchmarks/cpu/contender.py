@@ -92,6 +92,10 @@ class Contender(ABC):
     def bytes_needed(self, shape: Shape, variant: str, cold_bytes: int) -> int:
         """Memory that build() will take, what variants share left out."""
 
+    def needs(self, shape: Shape, variants: list[str], cold_bytes: int) -> dict[str, int]:
+        """bytes_needed of each, if these and no others are built: some use what another one has built."""
+        return {name: self.bytes_needed(shape, name, cold_bytes) for name in variants}
+
     def shared_bytes(self, shape: Shape, variants: list[str], cold_bytes: int) -> int:
         """Memory that these variants share."""
         return 0

@@ -15,6 +15,7 @@ from benchmarks.dispatch.spread import Interval, bootstrap
 
 SCALING_GOAL, STEP_GOAL = 1.8, 1.3
 DEFAULT_CODEBOOK = "mul1"
+ALONE = ":1 thread"  # ends the name of our worker that has one thread
 
 
 def ratio(other: Series, ours: Series, seed: int = 0) -> Interval:
@@ -190,7 +191,7 @@ def compared(report: Report, shape: str) -> list[tuple[Comparison, dict[int, Out
 def scaling(report: Report) -> list[tuple[Series, Outcome]]:
     """Our default level: how many times as fast as with one thread."""
     found = []
-    alone = {(s.shape, s.tokens, s.variant): s for s in report.series if s.worker.endswith(":1 thread")}
+    alone = {(s.shape, s.tokens, s.variant): s for s in report.series if s.worker.endswith(ALONE)}
     for series in report.series:
         one = alone.get((series.shape, series.tokens, series.variant))
         if one is not None and _ours(report, series):

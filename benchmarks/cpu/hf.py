@@ -35,9 +35,13 @@ class Transformers(Contender):
         return [v for form in FORMS for v in dense_variants(f"{form} ")] if op == "moe" else []
 
     def bytes_needed(self, shape: Shape, variant: str, cold_bytes: int) -> int:
-        form, name = variant.split()
-        layer = shape.weights * DTYPES[name].itemsize
-        return layer * copies_for(layer, cold_bytes) if form == FORMS[0] else 0
+        layer = shape.weights * DTYPES[variant.split()[1]].itemsize
+        return layer * copies_for(layer, cold_bytes)
+
+    def needs(self, shape: Shape, variants: list[str], cold_bytes: int) -> dict[str, int]:
+        first = {variant.split()[1]: variant for variant in reversed(variants)}  # of each dtype: the other form uses it
+        own = super().needs(shape, variants, cold_bytes)
+        return {name: size if name in first.values() else 0 for name, size in own.items()}
 
     def build(self, shape: Shape, variant: str, cold_bytes: int, weights: tuple[Array, ...] | None) -> Work:
         form, name = variant.split()

@@ -9,18 +9,25 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from benchmarks.cpu import figures
+from benchmarks.cpu.figures import ALONE
 from benchmarks.cpu.result import Report, Series
 from benchmarks.cpu.shapes import SHAPES
-from benchmarks.dispatch.plots import COLORS, STYLE
+from benchmarks.dispatch.plots import STYLE
 
-WIDTH, HEIGHT = 5.2, 3.9  # inches of a panel
+WIDTH, HEIGHT = 6.4, 4.6  # inches of a panel
+COLORS = ("#d1605e", "#3f8fd2", "#8c4a2f", "#e0872b", "#2fa37c", "#b06fc9", "#c9a227", "#666666", "#e0559a", "#20808c")
 MARKERS = ("o", "s", "^", "v", "D", "x")
 DENSE = 9.0  # bits, from which weights are not quantized: shown in every panel of their shape
 
 Panel = tuple[str, str, list[Series]]  # title, label of x, series
+
+
+def nearest(bits: float, rates: list[int]) -> int:
+    """The highest rate that takes no more bits, or the lowest there is."""
+    return max((rate for rate in rates if rate <= bits), default=min(rates))
 
 
 def panels(report: Report) -> list[list[Panel]]:
@@ -29,15 +36,23 @@ def panels(report: Report) -> list[list[Panel]]:
     for shape in figures.shapes_of(report):
         if SHAPES[shape].op == "router":
             continue
-        members = [series for series in report.series if series.shape == shape]
+        members = [s for s in report.series if s.shape == shape and not s.worker.endswith(ALONE)]
         dense = [series for series in members if series.bits > DENSE]
-        whole = sorted({int(series.bits) for series in members if series.bits <= DENSE})
+        # those of others go where ours have as many bits, or one less: five bits of which one is scales beside our four
+        rates = sorted({int(s.bits) for s in members if report.contender(s.worker).ours}) or [
+            *sorted({int(s.bits) for s in members if s.bits <= DENSE})
+        ]
+        packed = [s for s in members if s.bits <= DENSE]
         row = [
-            (f"{shape}, {bits} bits and scales", "tokens", [s for s in members if int(s.bits) == bits] + dense)
-            for bits in whole
+            (
+                f"{shape}, {rate} bits and scales",
+                "tokens",
+                [s for s in packed if nearest(s.bits, rates) == rate] + dense,
+            )
+            for rate in rates
         ]
         rows.append(row or [(shape, "tokens", dense)])
-    routers = [series for series in report.series if SHAPES[series.shape].op == "router"]
+    routers = [s for s in report.series if SHAPES[s.shape].op == "router" and not s.worker.endswith(ALONE)]
     counts = sorted({series.tokens for series in routers})
     if counts:
         ends = list(dict.fromkeys((counts[0], counts[-1])))
@@ -73,13 +88,16 @@ def draw(axes: Axes, panel: Panel, colors: dict[str, str]) -> None:
     ticks = sorted(xs) if len(xs) <= 8 else [2**i for i in range(12) if min(xs) <= 2**i <= max(xs)]
     axes.xaxis.set_major_locator(FixedLocator([float(x) for x in ticks]))
     axes.xaxis.set_minor_locator(NullLocator())
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_major_formatter(plain)
+    low, high = axes.get_ylim()
+    axes.yaxis.set_minor_formatter(plain if high < 20 * low else NullFormatter())
     axes.set_xlabel(label)
     axes.set_ylabel("ms")
     axes.set_title(title)
     axes.grid(alpha=0.25, linewidth=0.7)
-    axes.legend(frameon=False, fontsize=6.5)
+    axes.legend(frameon=False, fontsize=6.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0)
 
 
 def png(report: Report) -> bytes:
@@ -97,7 +115,7 @@ def png(report: Report) -> bytes:
                     draw(grid[i, j], rows[i][j], colors)
                 else:
                     grid[i, j].set_axis_off()
-        machine = " · ".join(report.machine[name] for name in ("machine", "torch") if name in report.machine)
+        machine = report.machine.get("machine", "")
         canvas.suptitle(f"Milliseconds of a call, median and middle half\n{machine}", x=0.01, ha="left", fontsize=10)
         out = io.BytesIO()
         canvas.savefig(out, format="png", facecolor="white", metadata={"Software": None})

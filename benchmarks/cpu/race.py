@@ -163,7 +163,7 @@ class Race:
     def build(self, shape: Shape) -> None:
         """Weights of that shape in every worker, as far as memory goes: the largest are left out first."""
         s = self.settings
-        arguments = {
+        arguments: dict[str, dict[str, Any]] = {
             lane.name: {"shape": shape.key, "variants": list(lane.errors), "cold_bytes": s.cold_bytes}
             for lane in self.lanes
             if lane.errors
@@ -171,19 +171,24 @@ class Race:
         for lane in self.lanes:
             lane.built = {}
         needs = self._ask_all("needs", s.timeout, arguments)
-        sizes = {(lane, v): size for lane, found in needs.items() for v, size in found["each"].items()}
-        total = sum(sizes.values()) + sum(found["shared"] for found in needs.values())
         free = host_free_bytes()
         room = s.memory * free if free else float("inf")
-        for (name, variant), size in sorted(sizes.items(), key=lambda item: -item[1]):
-            if total <= room:
+        while True:
+            sizes = {(lane, v): size for lane, found in needs.items() for v, size in found["each"].items()}
+            total = sum(sizes.values()) + sum(found["shared"] for found in needs.values())
+            if total <= room or not any(sizes.values()):
                 break
-            total -= size
-            arguments[name]["variants"].remove(variant)  # type: ignore[attr-defined]
+            name, variant = max(sizes, key=lambda key: sizes[key])
+            arguments[name]["variants"].remove(variant)
             self.exclude(
-                f"{name}, {variant} left out of {shape.key}: its weights take {size / 2**30:.1f} GiB, and all together"
-                f" {room / 2**30:.1f} GiB are free"
+                f"{name}, {variant} left out of {shape.key}: its weights take {sizes[name, variant] / 2**30:.1f} GiB,"
+                f" and all together may take {room / 2**30:.1f} GiB"
             )
+            # what it shared with another form now counts for that one
+            again = self._ask_all("needs", s.timeout, {name: arguments[name]})
+            if name not in again:
+                break
+            needs[name] = again[name]
         answers = self._ask_all("build", s.timeout, arguments)
         for lane in self.lanes:
             for variant, found in answers.get(lane.name, {}).items():

@@ -55,8 +55,10 @@ class Session:
 
     def needs(self, shape: str, variants: list[str], cold_bytes: int) -> dict[str, Any]:
         """Memory: of each variant, and of what they share."""
-        each = {name: self.contender.bytes_needed(SHAPES[shape], name, cold_bytes) for name in variants}
-        return {"each": each, "shared": self.contender.shared_bytes(SHAPES[shape], variants, cold_bytes)}
+        return {
+            "each": self.contender.needs(SHAPES[shape], variants, cold_bytes),
+            "shared": self.contender.shared_bytes(SHAPES[shape], variants, cold_bytes),
+        }
 
     def check(self, op: str, variants: list[str]) -> dict[str, Any]:
         """Relative errors of the small layer, the largest over the token counts; for a variant that raises, why."""
