@@ -79,6 +79,7 @@ ONLY_MAINLINE: dict[str, tuple[Any, ...]] = {
     "ggml_cpu_init": (None,),
     "ggml_backend_cpu_reg": (P,),
     "ggml_backend_reg_dev_get": (P, P, SIZE),
+    "ggml_backend_dev_supports_op": (c.c_bool, P, P),
     "ggml_backend_reg_get_proc_address": (P, P, c.c_char_p),
     "ggml_backend_buft_name": (c.c_char_p, P),
 }
@@ -158,6 +159,19 @@ class Library:
                     return found[i]
                 i += 1
         raise Absent("this build of ggml has no repacked weights")
+
+    def multiplies(self, weights: Any, experts: bool, columns: int) -> bool:
+        """Whether the product with a tensor in a repacking buffer exists on this processor. Setting a tensor whose type
+        is not repacked here would crash."""
+        context = self.context()
+        if experts:
+            x, ids = self.new_tensor_3d(context, F32, columns, 1, 1), self.new_tensor_2d(context, I32, 1, 1)
+            product = self.mul_mat_id(context, weights, x, ids)
+        else:
+            product = self.mul_mat(context, weights, self.new_tensor_2d(context, F32, columns, 1))
+        answer = bool(self.backend_dev_supports_op(self.backend_reg_dev_get(self.backend_cpu_reg(), 0), product))
+        self.free(context)
+        return answer
 
     def quantize(self, kind: str, weights: Array) -> Array:
         """[rows, columns] as bytes of that type, without an importance matrix."""
