@@ -555,6 +555,40 @@ def test_settings() -> None:
         parsed("--slowest", "-1")
 
 
+def alive(session: int) -> bool:
+    """Whether anyone of the session is left."""
+    try:
+        os.killpg(session, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_terminated_run_leaves_no_worker(tmp_path: Path) -> None:
+    options = ["--quick", "--spin", "--shapes", "R8", "--peers", "--threads", "1", "--json", str(tmp_path / "r.json")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks", "cpu", *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    try:
+        while "starting" not in (line := process.stderr.readline()):
+            assert line, "it ended early"
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == command.EXIT_INTERRUPTED
+        assert "interrupted; the tables hold what was finished, and nothing was written" in err
+        assert list(tmp_path.iterdir()) == []
+        deadline = time.monotonic() + 20
+        while alive(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not alive(process.pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_a_small_run(tmp_path: Path) -> None:
     """The whole command, with a peer in an interpreter that has nothing installed: absent, and said so."""
     bare = tmp_path / "bare"

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -188,6 +189,20 @@ def save(report: Report, where: dict[str, Path]) -> list[str]:
 
 
 @contextlib.contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """Being terminated is being interrupted: the workers, of which some may be stopped, must not stay behind."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def showing_progress() -> Iterator[Callable[[float, str], None]]:
     """A function (fraction, what): a bar on a terminal, lines elsewhere. Drawn between turns, never by a thread."""
     if not sys.stderr.isatty():
@@ -219,7 +234,7 @@ def measure(settings: Settings, pythons: dict[str, str], libraries: dict[str, st
         facts["load"] += ": the machine was busy, so figures are noisier than they need be"
     runner = Race(settings, lambda text: print(f"cpu: {text}", file=sys.stderr, flush=True))
     try:
-        with showing_progress() as progress:
+        with ended_like_ctrl_c(), showing_progress() as progress:
             progress(0.0, "the machine's own speed")
             before = yardstick.ask(settings.threads)
             progress(0.0, "starting the contenders")

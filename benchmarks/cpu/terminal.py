@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table as Rich
 from rich.text import Text
 
@@ -35,7 +34,8 @@ def show(out: Console, report: Report) -> None:
             made.add_column(column, justify="right" if index else "left", no_wrap=True)
         for row in shown.rows:
             made.add_row(*(Text(cell) for cell in row))
-        out.print(Padding(made, (1, 0, 0, 0)))
+        out.print()
+        out.print(made)
         if shown.note:
             out.print(Text(shown.note, style="dim"))
     left_out(out, report)
