@@ -58,7 +58,7 @@ from benchmarks.dispatch.result import (
 )
 from benchmarks.dispatch.rounds import FEWEST, in_turns
 from benchmarks.dispatch.spread import bootstrap, quartiles
-from benchmarks.dispatch.workloads import Workload
+from benchmarks.dispatch.workloads import Workload, quietly
 from metal_marlin import _C
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -583,3 +583,13 @@ def test_commits_through_the_emulator(emulated, monkeypatch: pytest.MonkeyPatch)
     series, figures = stream.compare(workload, device, Settings(repeats=5), lambda fraction, what: None, "moe")
     assert [s.key for s in series] == ["moe_per_op", "moe_batch", "moe_commit"]
     assert [f.key for f in figures] == ["moe_of_batch", "moe_of_per_op", "moe_commit"]
+
+
+def test_transformers_speaks_again_after_a_workload() -> None:
+    """Its verbosity and progress bars are the process's: other tests, and a user's notebook, go on with theirs."""
+    logging = pytest.importorskip("transformers").utils.logging
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with quietly(logging):
+        assert logging.get_verbosity() == logging.ERROR
+        assert not logging.is_progress_bar_enabled()
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before

@@ -6,7 +6,8 @@ Owns the workloads and their sizes. A workload is a function of two hooks: `afte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,25 @@ def _network(settings: Settings) -> tuple[Any, str]:
         import transformers
     except ModuleNotFoundError as error:
         raise ImportError(f"{error.name} is not installed: pip install 'metal_marlin[hf]'") from None
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    with quietly(transformers.utils.logging):
+        return _loaded(settings, transformers)
+
+
+@contextlib.contextmanager
+def quietly(logging: Any) -> Iterator[None]:
+    """Without transformers' warnings and progress bars, which are the whole process's."""
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _loaded(settings: Settings, transformers: Any) -> tuple[Any, str]:
     packed = settings.device in ("cpu", "mps")
     if packed and (BUNDLED / "model.safetensors").is_file():
         import metal_marlin.hf  # noqa: F401 -- registers EXL3 with transformers
