@@ -231,31 +231,6 @@ def emulated(emulator_library: Any) -> Iterator[Any]:
     emulator.synchronize()
 
 
-class EmulatedRuns:
-    """Calls that run on the emulated MPS backend, each waited for."""
-
-    def __init__(self, library: Any) -> None:
-        self.path = library._name
-
-    def run(self, call: Any) -> Any:
-        """call()'s result, once it is there. What the emulator finds is raised."""
-        import emulator
-
-        _C.use_mps_emulator(self.path)
-        try:
-            result = call()
-            emulator.synchronize()
-        finally:
-            _C.use_mps_emulator(None)
-        return result
-
-
-@pytest.fixture
-def emulator(emulator_library: Any) -> EmulatedRuns:
-    """The emulated backend, one call at a time."""
-    return EmulatedRuns(emulator_library)
-
-
 def _collect(metal: Any) -> None:
     """Frees what only cycles keep, such as the frames of caught exceptions, and waits for late handlers."""
     if _C.metal_objects():

@@ -1,5 +1,5 @@
-/* The AVX2 levels (with FMA and F16C): exact values in panels of float32 (x86.h), and mul1 in 16-bit integers (int16.h). Compiled for AVX2 whatever the build's flags, and used
- * only where the CPU has it. */
+/* The AVX2 levels (with FMA and F16C): exact values in panels of float32 (x86.h), and mul1 in 16-bit integers (int16.h). Compiled for
+ * AVX2 whatever the build's flags, and used only where the CPU has it. */
 #if defined(__x86_64__) || defined(__i386__)
 #define LEVEL "avx2"
 #include "cpu/x86.h"

@@ -107,13 +107,7 @@ INLINE halves funnel(halves before, halves after, int shift) {
 
 /* panel [8, POSITIONS]: the byte sums of TILES columns of 8 tiles, stride bytes apart; rate2 is a constant when inlined */
 INLINE void decode_sums(halves *panel, const uint8_t *tile, int64_t stride, int rate2) {
-    static const uint32_t multipliers[] = {
-#define X(id, name, multiplier, addend, half_rates) multiplier,
-        MM_CODEBOOKS(X)
-#undef X
-    };
-    const uint32_t multiplier = multipliers[MM_CODEBOOK_MUL1];
-    const halves zero = {0}, low = zero + (uint16_t)multiplier, high = zero + (uint16_t)(multiplier >> 16);
+    const halves zero = {0}, low = zero + (uint16_t)MM_MUL1_MULTIPLIER, high = zero + (uint16_t)(MM_MUL1_MULTIPLIER >> 16);
     for (int t = 0; t < BLOCK_TILES; t++, tile += stride, panel += POSITIONS) {
         halves h[POSITIONS / 2 + 1];
         for (int byte = 0; byte < TILES * MM_TILE_BYTES(rate2); byte += 64)

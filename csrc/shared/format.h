@@ -25,11 +25,13 @@
 #define MM_MAX_RATE2 16
 #define MM_MAX_HALF_RATE2 7 /* 1.5, 2.5 and 3.5 bits exist; 4.5 and up do not */
 
+#define MM_MUL1_MULTIPLIER 0x83DCD12Du
+
 /* X(id, name, multiplier, addend, allows half rates). The id is the number in a stack's table. */
 #define MM_CODEBOOKS(X)                                  \
     X(MM_CODEBOOK_3INST, "3inst", 89226354u, 64248484u, 0) \
     X(MM_CODEBOOK_MCG, "mcg", 0xCBAC1FEDu, 0u, 0)          \
-    X(MM_CODEBOOK_MUL1, "mul1", 0x83DCD12Du, 0u, 1)
+    X(MM_CODEBOOK_MUL1, "mul1", MM_MUL1_MULTIPLIER, 0u, 1)
 
 enum mm_codebook {
 #define X(id, name, multiplier, addend, half_rates) id,
