@@ -92,11 +92,16 @@ const struct mm_kernels *mm_kernels_neon(void);
 const struct mm_kernels *mm_kernels_avx2(void);
 const struct mm_kernels *mm_kernels_neon_int16(void);
 const struct mm_kernels *mm_kernels_avx2_int16(void);
+const struct mm_kernels *mm_kernels_avx512(void);
+const struct mm_kernels *mm_kernels_avx512_fp16(void);
 const struct mm_kernels *mm_kernels_avx512_int16(void);
-#define MM_CPU_LEVELS(X) X(scalar) X(neon) X(avx2) X(neon_int16) X(avx2_int16) X(avx512_int16)
+const struct mm_kernels *mm_kernels_avx512_fp16_int16(void);
+#define MM_CPU_LEVELS(X)                                                                      \
+    X(scalar) X(neon) X(avx2) X(avx512) X(avx512_fp16) X(neon_int16) X(avx2_int16) X(avx512_int16) \
+    X(avx512_fp16_int16)
 
 extern const struct mm_kernels *mm_cpu; /* the active level; set once at import, and by tests */
-#define MM_MAX_CPU_LEVELS 8
+#define MM_MAX_CPU_LEVELS 10
 int mm_cpu_levels(const struct mm_kernels **levels); /* fills what this machine runs; returns the count */
 
 /* parallel.c: phases one after the other, in one parallel region; the items 0..count-1 of a phase are each done by one thread, pulled in

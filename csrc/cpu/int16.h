@@ -16,15 +16,16 @@
  *   POSITIONS                      of a lane: 16 or 32
  *   MOST_ROWS                      rows multiplied at once, a power of two: how many sums the registers hold
  *   halves, sums32                 vectors of halfwords and of int32, on which + * work lane by lane; halves hold one tile or several
- *   FUNNEL(before, after, shift)   the upper halves of (before, after) << shift; shift is a literal from 1 to 15
+ *   FUNNEL                         (funnel.h)
  *   product_high(a, b)            upper halves of the unsigned products
  *   sums_of_bytes(low, high)           lane by lane, the sum of the two bytes of low and the two of high
  *   add_products(sums, s, q, step) sums [PARTS] += s * q, signed, q a tile's inputs: s[i] * q[step] for lane i, or for two lanes
  *                                  s[2 i] * q[2 step] + s[2 i + 1] * q[2 step + 1]
  *   halves_of_tiles(h, rate2, tile)  h[0], h[1], ... as above; rate2 is a constant
- *   prepare_int16()                builds the level's tables
  *   round_values(v)                8 floats to the nearest integers */
 #include <math.h>
+
+#include "cpu/funnel.h"
 
 #define CENTRE 510 /* of the byte sums, 0 .. 1020: halves the sums, so that 128 products of 16 bits stay within 32 */
 #define LARGEST 32767
@@ -94,24 +95,11 @@ static void rotate_in_int16(float *row, const float *x, const uint16_t *suh, int
     }
 }
 
-INLINE halves funnel(halves before, halves after, int shift) {
-    switch (shift) {
-#define CASE(literal) \
-    case literal: return FUNNEL(before, after, literal);
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-        CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15)
-#undef CASE
-    default: return after; /* 16 */
-    }
-}
-
 /* panel [8, POSITIONS]: the byte sums of TILES columns of 8 tiles, stride bytes apart; rate2 is a constant when inlined */
 INLINE void decode_sums(halves *panel, const uint8_t *tile, int64_t stride, int rate2) {
     const halves zero = {0}, low = zero + (uint16_t)MM_MUL1_MULTIPLIER, high = zero + (uint16_t)(MM_MUL1_MULTIPLIER >> 16);
     for (int t = 0; t < BLOCK_TILES; t++, tile += stride, panel += POSITIONS) {
         halves h[POSITIONS / 2 + 1];
-        for (int byte = 0; byte < TILES * MM_TILE_BYTES(rate2); byte += 64)
-            __builtin_prefetch(tile + BLOCK_TILES * stride + byte);
         halves_of_tiles(h, rate2, tile);
         UNROLL(32) for (int j = 0; j < POSITIONS; j++) {
             int end = (j + 1) * rate2 >> 1, i = (end + 15) / 16;
@@ -194,7 +182,9 @@ static void multiply_int16(float *y, const struct mm_weight *weight, int64_t blo
             const float *in = row + b * ROW16_FLOATS;
             float *out = y + j * MM_TILE;
             int64_t r = 0;
-            decode(panel, column + b * BLOCK_TILES * row_bytes, row_bytes);
+            const uint8_t *tiles = column + b * BLOCK_TILES * row_bytes;
+            prefetch_columns(tiles, row_bytes, TILES * tile_bytes, j == 0);
+            decode(panel, tiles, row_bytes);
 #define X(count)                                  \
     for (; count <= MOST_ROWS && r + count <= rows; r += count) \
         multiply_sums_rows(out + r * MM_HADAMARD, panel, in + r * ld, ld, count <= MOST_ROWS ? count : 1);
@@ -206,7 +196,7 @@ static void multiply_int16(float *y, const struct mm_weight *weight, int64_t blo
 
 static const struct mm_kernels kernels_int16 = {
     .name = INT16_LEVEL,
-    .prepare = prepare_int16,
+    .prepare = prepare,
     .row_floats = row_floats_int16,
     .rotate_in = rotate_in_int16,
     .multiply = multiply_int16,

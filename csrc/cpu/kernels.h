@@ -1,9 +1,8 @@
 /* The kernels of a SIMD level that do not depend on how it decodes: Hadamards, conversions, activations, and the level's table.
  * In C over 8-wide vectors. Included once by each level's file, which first defines
- *   LEVEL                       the level's name, for the table; without it there is no table
- *   prepare                     builds the level's tables
+ *   LEVEL                       the level's name, for the table
  *   load_half, store_half       binary16 rows
- * and then includes the products, which complete the functions declared here: tiles.h or panel.h. */
+ * and then includes how it reads weights, with prepare, and the products, which complete the functions declared here: tiles.h or panel.h. */
 #include <math.h>
 #include <string.h>
 
@@ -12,6 +11,7 @@
 
 #define BLOCK_TILES (MM_HADAMARD / MM_TILE)
 
+static void prepare(void); /* builds the level's tables */
 static int64_t row_floats(int codebook);
 static void rotate_in(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook);
 static void rotate_grad(float *spread, const float *grad, const uint16_t *svh, int64_t n, int64_t used);
@@ -54,6 +54,21 @@ INLINE void hadamard128(vec8 *v) {
         v[i] = sum;
     }
     butterflies(v, 16);
+}
+
+/* ---- weights ---- */
+
+INLINE void prefetch_tiles(const uint8_t *tile, int64_t stride, int64_t bytes) {
+    for (int t = 0; t < BLOCK_TILES; t++, tile += stride)
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(tile + byte);
+}
+
+/* Beside the work on a column of 8 tiles, or on columns side by side, `bytes` of each tile: asks for those that come next along n, of
+ * which a walk along k makes near certain hits; the first walk of a block finds nothing asked for, so it also asks along k. The
+ * processor's own prefetching does not help here: the stride crosses a page at nearly every step. */
+INLINE void prefetch_columns(const uint8_t *tile, int64_t stride, int64_t bytes, bool first) {
+    prefetch_tiles(tile + bytes, stride, bytes);
+    if (first) prefetch_tiles(tile + BLOCK_TILES * stride, stride, bytes);
 }
 
 /* ---- rows in and out ---- */
@@ -258,7 +273,6 @@ static void dots(float *out, int64_t ld, const float *const *a, int64_t rows, co
     .load = load, .store = store, .rotate_out = rotate_out, .rotate_grad = rotate_grad,                        \
     .multiply_transposed = multiply_transposed, .dequantize = dequantize, .activate = activate, .dot = dot, .dots = dots
 
-#ifdef LEVEL
 static const struct mm_kernels kernels = {
     .name = LEVEL,
     .exact = true,
@@ -268,4 +282,3 @@ static const struct mm_kernels kernels = {
     .multiply = multiply,
     SHARED_KERNELS,
 };
-#endif

@@ -135,8 +135,6 @@ INLINE ivec8 round_values(vec8 v) {
     return both;
 }
 
-static void prepare_int16(void) { prepare(); }
-
 #include "cpu/gather_neon.h"
 #include "cpu/int16.h"
 
