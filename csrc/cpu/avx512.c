@@ -3,6 +3,7 @@
 #define TARGET "avx2,fma,f16c,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni"
 #define LEVEL "avx512"
 #define INT16_LEVEL "avx512-int16"
+#define INT8_LEVEL "avx512-int8"
 #include "cpu/x86.h"
 
 BEGIN_TARGET
@@ -11,8 +12,10 @@ END_TARGET
 
 const struct mm_kernels *mm_kernels_avx512(void) { return HAS_AVX512(0) ? &kernels : 0; }
 const struct mm_kernels *mm_kernels_avx512_int16(void) { return HAS_AVX512(0) ? &kernels_int16 : 0; }
+const struct mm_kernels *mm_kernels_avx512_int8(void) { return HAS_AVX512(0) ? &kernels_int8 : 0; }
 #else
 #include "cpu/cpu.h"
 const struct mm_kernels *mm_kernels_avx512(void) { return 0; }
 const struct mm_kernels *mm_kernels_avx512_int16(void) { return 0; }
+const struct mm_kernels *mm_kernels_avx512_int8(void) { return 0; }
 #endif

@@ -98,6 +98,12 @@ INLINE void add_products(sums32 *sums, halves s, const int16_t *q, int step) {
     __asm__("vpdpwssd %2, %1, %0" : "+v"(sums[0]) : "v"(s), "v"(_mm512_set1_epi32(pair)));
 }
 
+INLINE void add_byte_products(sums32 *sums, halves s, const int8_t *q) {
+    int32_t bytes;
+    memcpy(&bytes, q, sizeof bytes);
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(s), "v"(_mm512_set1_epi32(bytes)));
+}
+
 #include "cpu/int16.h"
 
 #define HAS_AVX512(edx)                                                              \

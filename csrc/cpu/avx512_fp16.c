@@ -3,6 +3,7 @@
 #define TARGET "avx2,fma,f16c,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni"
 #define LEVEL "avx512-fp16"
 #define INT16_LEVEL "avx512-fp16-int16"
+#define INT8_LEVEL "avx512-fp16-int8"
 #define HALF_ARITHMETIC
 #include "cpu/x86.h"
 
@@ -14,8 +15,10 @@ END_TARGET
 
 const struct mm_kernels *mm_kernels_avx512_fp16(void) { return HAS_AVX512(HAS_FP16) ? &kernels : 0; }
 const struct mm_kernels *mm_kernels_avx512_fp16_int16(void) { return HAS_AVX512(HAS_FP16) ? &kernels_int16 : 0; }
+const struct mm_kernels *mm_kernels_avx512_fp16_int8(void) { return HAS_AVX512(HAS_FP16) ? &kernels_int8 : 0; }
 #else /* or an assembler that may not know the instructions */
 #include "cpu/cpu.h"
 const struct mm_kernels *mm_kernels_avx512_fp16(void) { return 0; }
 const struct mm_kernels *mm_kernels_avx512_fp16_int16(void) { return 0; }
+const struct mm_kernels *mm_kernels_avx512_fp16_int8(void) { return 0; }
 #endif

@@ -69,6 +69,7 @@ static void rotate_grad(float *spread, const float *grad, const uint16_t *svh, i
 INLINE void cut_states(halves *states, const uint8_t *tile, int64_t stride, int64_t tiles, int rate2) {
     for (int64_t t = 0; t < tiles; t++, tile += stride, states += 16) {
         halves h[10]; /* AVX2 writes past the last that it needs */
+        prefetch_tiles(tile, stride, VECTOR_TILES * MM_TILE_BYTES(rate2));
         halves_of_tiles(h, rate2, tile);
         UNROLL(16) for (int j = 0; j < 16; j++) {
             int end = (j + 1) * rate2 >> 1, i = (end + 15) / 16;
@@ -181,7 +182,6 @@ static void multiply(float *y, const struct mm_weight *weight, int64_t block, co
         const uint8_t *column = weight->tiles + (block * BLOCK_TILES + j) * tile_bytes;
         memset(sums, 0, (size_t)(rows * row_sums) * sizeof *sums);
         for (int64_t k = 0; k < weight->k; k += MM_HADAMARD, column += block_bytes) {
-            prefetch_columns(column, row_bytes, COLUMNS_TOGETHER * tile_bytes, j == 0);
             if (rows == 1) {
                 for (int c = 0; c < PANELS; c++)
                     multiply_column(sums + c * PAIR_VECTORS, weight, column + c * vector_bytes, row_bytes, row + k);

@@ -130,9 +130,9 @@ static void work(int64_t begin, int64_t end, void *context) {
             phase->body(item, scratch, pull->context);
             atomic_fetch_add(&progress->done, 1);
         }
-        /* Only for items that running threads are at: a thread that the pool starts late, or never, holds nobody up. */
-        if (p + 1 < pull->phase_count)
-            for (int64_t turn = 0; atomic_load(&progress->done) < phase->count; turn++) pause_a_little(turn);
+        /* Only for items that running threads are at: a thread that the pool starts late, or never, holds nobody up. After the last
+         * phase too: else the pool might put the thread to sleep for the moment that the others still need. */
+        for (int64_t turn = 0; atomic_load(&progress->done) < phase->count; turn++) pause_a_little(turn);
     }
 }
 
