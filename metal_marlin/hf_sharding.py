@@ -9,6 +9,7 @@ activations' dtype. Contract: transformers/distributed/expert_parallel.py (trans
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from metal_marlin.sharding import ExpertGroup
 
+logger = logging.getLogger("transformers.metal_marlin")
 STYLE = "metal_marlin_experts"
 _asked: ContextVar[ExpertGroup | None] = ContextVar("shard_experts", default=None)
 
@@ -54,11 +56,11 @@ def expert_group(config: Any) -> ExpertGroup | None:
     tp_size, ep_size = getattr(asked, "tp_size", 1) or 1, getattr(asked, "ep_size", 1) or 1
     if tp_size == ep_size == 1:
         return None
-    if ep_size != tp_size or getattr(asked, "tp_plan", None) != {}:
+    tp_plan = getattr(asked, "tp_plan", None)
+    if ep_size != tp_size or tp_plan:
         raise NotImplementedError(
-            f"distributed_config has tp_size={tp_size}, tp_plan={getattr(asked, 'tp_plan', None)!r}, ep_size={ep_size};"
-            f" expected tp_size={ranks}, tp_plan={{}}, ep_size={ranks}: EXL3 models are split by experts only, and all"
-            " ranks see the same tokens"
+            f"distributed_config has tp_size={tp_size}, tp_plan={tp_plan!r}, ep_size={ep_size}; expected tp_size and"
+            f" ep_size={ranks} and no tp_plan: EXL3 models are split by experts only, and all ranks see the same tokens"
         )
     implementation = getattr(asked, "ep_implementation", "auto")
     if implementation != "auto":
@@ -66,11 +68,15 @@ def expert_group(config: Any) -> ExpertGroup | None:
             f"distributed_config.ep_implementation is {implementation!r}; expected 'auto': packed experts exchange"
             " their float32 sums themselves"
         )
-    return ExpertGroup()
+    group = ExpertGroup()
+    if group.rank == 0:
+        logger.warning("the experts are split over %d ranks; everything else is loaded whole by every rank", group.size)
+    return group
 
 
 def set_plan(model: Any, experts: Iterable[str]) -> None:
-    """Makes `experts`, paths of modules, the model's whole expert-parallel plan."""
+    """Makes `experts`, paths of modules, the model's whole plan. transformers insists on a tensor-parallel one too, but
+    drops from it what the expert-parallel one has, so that nothing stays."""
     try:
         from transformers.distributed.expert_parallel import ExpertParallelLayer
         from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
@@ -84,3 +90,4 @@ def set_plan(model: Any, experts: Iterable[str]) -> None:
     if STYLE not in ALL_PARALLEL_STYLES:
         ALL_PARALLEL_STYLES.register(STYLE, ExchangesItself())
     model.ep_plan = {replace_layer_number_by_wildcard(path): STYLE for path in experts}
+    model.tp_plan = dict(model.ep_plan)

@@ -98,7 +98,7 @@ class ExpertGroup:
         self._global_rank = dist.get_rank()
         self._layers: list[dict[str, Any]] = []
         self._identities: dict[str, str] = {}
-        self._started = self._epoch = 0  # layers that the start covered; how many starts there were
+        self._started, self._epoch = -1, 0  # layers that the start covered; how many starts there were
         self._last = len(self._layers)  # the layer of the last exchange
         self._failure = ""
         base: Any = dist.group.WORLD if group is None else group
@@ -144,14 +144,13 @@ class ExpertGroup:
         """
         if self._started == len(self._layers):
             return
-        self._check_alive()
         self._epoch += 1
         facts = {
             "metal_marlin": __version__,
             "torch": torch.__version__.split("+")[0],
             "the CPU kernels (METAL_MARLIN_CPU)": _C.cpu_level(),
-            "the checkpoints' SHA-256": list(self._identities.values()),
             "the number of sharded layers": len(self._layers),
+            "the checkpoints' SHA-256": list(self._identities.values()),
         }
         theirs = [json.loads(text) for text in self._meet(f"start/{self._epoch}", json.dumps([facts, self._layers]))]
         for rank, (other, layers) in enumerate(theirs):
@@ -186,7 +185,9 @@ class ExpertGroup:
             silent = self._wait_for(keys, self.start_timeout)
             if not silent:
                 return [self._store.get(key).decode() for key in keys]
-            self._failure = f"{_ranks(silent)} did not come within start_timeout={self.start_timeout:g} s"
+            self._failure = (
+                f"{_ranks(silent)} did not come within start_timeout={self.start_timeout:g} s, or failed before"
+            )
         except dist.DistError as error:
             self._failure = f"the store of the process group is gone while the ranks meet: {_cause(error)}"
         raise RuntimeError(f"rank {self.rank} of {self.size}: {self._failure}")
@@ -195,7 +196,6 @@ class ExpertGroup:
 
     def sum(self, flat: Tensor, what: str) -> Tensor:
         """The sum over all ranks of a contiguous float32 tensor, which may be overwritten. `what` is for messages."""
-        self._check_alive()
         if self.size == 1:
             return flat
         data = flat if flat.device.type in self._devices else flat.cpu()
@@ -205,6 +205,7 @@ class ExpertGroup:
     def announce(self, layer: int, facts: dict[str, int]) -> None:
         """Compares a layer's call with those of the other ranks, if a pass through the model begins: buffers of
         different sizes would end the process inside of gloo. A pass begins when layers don't follow each other."""
+        self._check_alive()
         self.start()
         begins, self._last = layer <= self._last, layer
         if self.size == 1 or not begins:
@@ -225,6 +226,7 @@ class ExpertGroup:
                     )
 
     def _run(self, collective: Any, nbytes: int, what: str) -> None:
+        self._check_alive()
         begin = time.monotonic()
         try:
             collective()
@@ -259,11 +261,13 @@ class ExpertGroup:
         raise RuntimeError(text) from error
 
     def _wait_for(self, keys: Sequence[str], seconds: float) -> list[int]:
-        """The ranks whose key was not there in time."""
+        """The ranks whose key was not there in time, or before one of them failed in an exchange."""
         end, pause = time.monotonic() + seconds, 0.001
+        failed = [f"failed/{rank}" for rank in range(self.size)]
         while True:
             missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-            if not missing or time.monotonic() > end:
+            gone = failed[0] not in keys and any(self._store.check([failed[rank]]) for rank in missing)
+            if not missing or gone or time.monotonic() > end:
                 return missing
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
@@ -363,6 +367,14 @@ class ShardedExperts(TrellisExperts):
 _ops = torch.ops.metal_marlin
 
 
+for _schema in (
+    "sharded_sum(Tensor partial, Tensor ids, Tensor held, str layer, bool train) -> Tensor",
+    "sharded_inputs(Tensor x, Tensor weights, str layer) -> (Tensor, Tensor)",
+    "sharded_inputs_backward(Tensor dx, Tensor dweights, str layer) -> (Tensor, Tensor)",
+):  # not custom_op, whose first call imports all of torch._dynamo
+    torch.library.define(f"metal_marlin::{_schema.partition('(')[0]}", "(" + _schema.partition("(")[2])
+
+
 def _layer_of(name: str) -> tuple[ExpertGroup, int]:
     group, _, number = name.partition("/")
     if group not in _groups:
@@ -370,7 +382,7 @@ def _layer_of(name: str) -> tuple[ExpertGroup, int]:
     return _groups[group], int(number)
 
 
-@torch.library.custom_op("metal_marlin::sharded_sum", mutates_args=())
+@torch.library.impl("metal_marlin::sharded_sum", "CompositeExplicitAutograd")
 def sharded_sum(partial: Tensor, ids: Tensor, held: Tensor, layer: str, train: bool) -> Tensor:
     """partial [..., H] float32 of this rank -> the sum over all ranks.
 
@@ -400,13 +412,13 @@ def sharded_sum(partial: Tensor, ids: Tensor, held: Tensor, layer: str, train: b
     return flat[: rows * hidden].view(partial.shape)
 
 
-@torch.library.custom_op("metal_marlin::sharded_inputs", mutates_args=())
+@torch.library.impl("metal_marlin::sharded_inputs", "CompositeExplicitAutograd")
 def sharded_inputs(x: Tensor, weights: Tensor, layer: str) -> tuple[Tensor, Tensor]:
     """Copies of x [..., H] and weights [..., top_k], whose gradients are summed over the ranks."""
     return x.clone(memory_format=torch.contiguous_format), weights.clone(memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("metal_marlin::sharded_inputs_backward", mutates_args=())
+@torch.library.impl("metal_marlin::sharded_inputs_backward", "CompositeExplicitAutograd")
 def sharded_inputs_backward(dx: Tensor, dweights: Tensor, layer: str) -> tuple[Tensor, Tensor]:
     """Sums of both over the ranks, in one exchange."""
     group, number = _layer_of(layer)
@@ -415,17 +427,17 @@ def sharded_inputs_backward(dx: Tensor, dweights: Tensor, layer: str) -> tuple[T
     return flat[: dx.numel()].view(dx.shape).clone(), flat[dx.numel() :].view(dweights.shape).to(dweights.dtype)
 
 
-@sharded_sum.register_fake
+@torch.library.register_fake("metal_marlin::sharded_sum")
 def _(partial: Tensor, ids: Tensor, held: Tensor, layer: str, train: bool) -> Tensor:
     return partial.new_empty(partial.shape)
 
 
-@sharded_inputs.register_fake
+@torch.library.register_fake("metal_marlin::sharded_inputs")
 def _(x: Tensor, weights: Tensor, layer: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weights.new_empty(weights.shape)
 
 
-@sharded_inputs_backward.register_fake
+@torch.library.register_fake("metal_marlin::sharded_inputs_backward")
 def _(dx: Tensor, dweights: Tensor, layer: str) -> tuple[Tensor, Tensor]:
     return dx.new_empty(dx.shape), dweights.new_empty(dweights.shape)
 
@@ -443,8 +455,8 @@ def _inputs_backward(ctx: Any, dx: Tensor | None, dweights: Tensor | None) -> tu
     return (*_ops.sharded_inputs_backward(*grads, ctx.layer), None)
 
 
-sharded_sum.register_autograd(lambda ctx, grad: (grad, None, None, None, None))
-sharded_inputs.register_autograd(_inputs_backward, setup_context=_remember_layer)
+torch.library.register_autograd("metal_marlin::sharded_sum", lambda ctx, grad: (grad, None, None, None, None))
+torch.library.register_autograd("metal_marlin::sharded_inputs", _inputs_backward, setup_context=_remember_layer)
 
 
 def _timeout_of(text: str | None) -> float:

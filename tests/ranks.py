@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -28,11 +32,12 @@ class Outcome:
     seconds: float = 0.0
 
 
-def run(folder: Path, size: int, function: Callable[..., Any], *args: Any, limit: float = 60.0) -> list[Outcome]:
-    """function(rank, size, *args) in `size` processes; fails if one of them is still running after `limit` seconds,
-    unless it is one that said nothing: a stalled rank is killed when all others have ended."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "metal_marlin.sharding", "ranks"])
+def run(
+    folder: Path, size: int, function: Callable[..., Any], *args: Any, stalls: int | None = None, limit: float = 60.0
+) -> list[Outcome]:
+    """function(rank, size, *args) in `size` processes, for at most `limit` seconds; `stalls` is a rank that need not
+    end. Whoever still runs is killed, and has no exit code."""
+    context = _server()
     store = folder / f"store-{time.monotonic_ns()}"
     outcomes = [Outcome() for _ in range(size)]
     processes, pipes = [], {}
@@ -50,12 +55,12 @@ def run(folder: Path, size: int, function: Callable[..., Any], *args: Any, limit
                 assert isinstance(pipe, Connection)
                 rank = pipes.pop(pipe)
                 try:
-                    outcomes[rank].value, outcomes[rank].error = pipe.recv()
+                    outcomes[rank].value, outcomes[rank].error = pickle.loads(pipe.recv_bytes())
                 except EOFError:  # it died
                     processes[rank].join(5)
                 outcomes[rank].seconds = time.monotonic() - begin
                 pipe.close()
-            if getattr(function, "stalls", None) is not None and set(pipes.values()) == {function.stalls}:
+            if set(pipes.values()) == {stalls}:
                 break
         for rank, process in enumerate(processes):
             if rank not in pipes.values():
@@ -67,6 +72,22 @@ def run(folder: Path, size: int, function: Callable[..., Any], *args: Any, limit
                 process.kill()
             process.join()
     return outcomes
+
+
+@cache
+def _server() -> Any:
+    """The context of a server that has imported all that ranks need. Python before 3.13 doesn't tell it sys.path."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "metal_marlin.sharding", "ranks", "sharded"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+    return context
 
 
 def values(outcomes: list[Outcome]) -> list[Any]:
@@ -89,10 +110,10 @@ def _rank(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=30)
     )
     try:
-        pipe.send((function(rank, size, *args), None))
+        pipe.send_bytes(pickle.dumps((function(rank, size, *args), None)))  # a copy: torch's own way shares memory
     except BaseException as error:
         traceback.print_exc()
-        pipe.send((None, f"{type(error).__name__}: {error}"))
+        pipe.send_bytes(pickle.dumps((None, f"{type(error).__name__}: {error}")))
     pipe.close()
     if dist.is_initialized():
         dist.destroy_process_group()
