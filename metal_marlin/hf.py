@@ -180,6 +180,8 @@ class Exl3Quantizer(HfQuantizer):
         if self.group is None:
             return set()
         counts = {layer.shape.experts for layer in self.plan.experts.values()}
+        if not counts:
+            raise ValueError(f"{type(model).__name__} has no quantized experts; expected some to spread over the ranks")
         if len(counts) != 1:
             raise NotImplementedError(
                 f"distributed_config: the layers have {sorted(counts)} quantized experts; expected one number"

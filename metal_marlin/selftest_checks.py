@@ -266,6 +266,18 @@ def ids_out_of_range(backend: Backend, reference: Backend, sizes: Sizes) -> str 
     return None
 
 
+@check("id -1, a slot without an expert, adds nothing", "gpu")
+def nobody(backend: Backend, reference: Backend, sizes: Sizes) -> str | None:
+    for tokens in (4, 40):
+        m = mixture(generator(), sizes, tokens)
+        ids = m.ids.clone()
+        ids[0, 1] = ids[1:3] = -1
+        problem = agree(backend, reference, sizes, with_ids(m, ids))
+        if problem:
+            return f"{tokens} tokens: {problem}"
+    return None
+
+
 SCALE = """#include <metal_stdlib>
 using namespace metal;
 kernel void scale(device float* y [[buffer(0)]], constant float& factor [[buffer(1)]],

@@ -144,6 +144,18 @@ def mistakes(rank: int, size: int, directory: Path, other: Path) -> dict[str, st
     return found
 
 
+def subgroups(rank: int, size: int) -> list[Any]:
+    """Two groups of two ranks each, neither of which is the default one."""
+    found: list[Any] = []
+    parts = [dist.new_group(part) for part in ([0, 2], [1, 3])]
+    group = ExpertGroup(parts[rank % 2], timeout=20)
+    group.add({"num_experts": 2, "experts": [rank // 2, rank // 2 + 1]})
+    group.start()
+    found += [group.rank, group.size, group.sum(torch.tensor([10.0**rank]), "a test").item()]
+    found.append(raised(ExpertGroup, parts[1 - rank % 2]))
+    return found
+
+
 def late(rank: int, size: int) -> str:
     """Rank 1 never comes to the start."""
     group = ExpertGroup(timeout=20, start_timeout=0.5)

@@ -3,7 +3,10 @@ that make mistakes, die or stall. Real processes and gloo; what they do is in sh
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +161,12 @@ def test_mistakes(experts: ref.Experts, folder: Path, tmp_path: Path) -> None:
                 assert re.search(pattern, found[name]), f"{name}: {found[name]}"
 
 
+def test_subgroups(tmp_path: Path) -> None:
+    every = ranks.values(ranks.run(tmp_path, 4, sharded.subgroups))
+    assert [found[:3] for found in every] == [[0, 2, 101.0], [0, 2, 1010.0], [1, 2, 101.0], [1, 2, 1010.0]]
+    assert all("not in the group" in found[3] for found in every)
+
+
 def test_a_rank_that_never_comes(tmp_path: Path) -> None:
     first, second = ranks.run(tmp_path, 2, sharded.late)
     assert "rank 1 did not come within start_timeout=0.5 s" in first.value
@@ -241,6 +250,26 @@ def test_what_distributed_configs_ask_for(made: checkpoints.Made, tmp_path: Path
             "both": "distributed_config is set inside of shard_experts",
         }.items():
             assert re.search("NotImplementedError: .*" + pattern, found[name]), f"{name}: {found[name]}"
+
+
+def test_the_page(tmp_path: Path) -> None:
+    """docs/sharding.md's examples, under torchrun as it says."""
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "sharding.md").read_text()
+    whole, part = re.findall(r"```python\n(.*?)```", page, re.S)
+    end = "dist.destroy_process_group()"
+    assert end in whole
+    used = """one = block(Checkpoint("models/tiny-moe"), "model.layers.0", ExpertGroup())
+assert one(torch.ones(2, 256)).any()
+"""
+    script = tmp_path / "model.py"
+    script.write_text(whole.replace(end, part + used + end))
+    assert "torchrun --standalone --nproc-per-node 2 model.py" in page
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("DESCRIPTION\nThe "), done.stdout
 
 
 def test_expert_range() -> None:
