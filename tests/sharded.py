@@ -158,7 +158,8 @@ def subgroups(rank: int, size: int) -> list[Any]:
 
 def late(rank: int, size: int) -> str:
     """Rank 1 never comes to the start."""
-    group = ExpertGroup(timeout=20, start_timeout=0.5)
+    group = ExpertGroup(timeout=20)
+    group.start_timeout = 0.5
     group.add({"num_experts": 2, "experts": [rank, rank + 1]})
     if rank == 1:
         time.sleep(1.0)
@@ -168,7 +169,7 @@ def late(rank: int, size: int) -> str:
 
 def loses(rank: int, size: int, directory: Path, how: str, victim: int) -> str:
     """A rank dies or stalls between two layers; the others run into the next exchange."""
-    group = ExpertGroup(timeout=1.0)
+    group = ExpertGroup(timeout=20 if how == "dies" else 2)
     experts = ShardedExperts.from_checkpoint(Checkpoint(directory), PREFIX, group, *SIZES)
     good = inputs(3, "float32", experts.total_experts)
     experts(*good)
