@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import time
 from contextlib import suppress
@@ -13,7 +14,7 @@ import ranks
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import Qwen3MoeForCausalLM  # here, so that ranks are forked with it
+from transformers import Qwen3MoeForCausalLM, core_model_loading  # here, so that ranks are forked with them
 
 import metal_marlin._C as _C
 import metal_marlin.hf as hf
@@ -189,6 +190,15 @@ def model(rank: int, size: int, directory: Path, how: str) -> dict[str, Any]:
 
     transformers.utils.logging.disable_progress_bar()
     load = Qwen3MoeForCausalLM.from_pretrained
+    read: list[int] = []
+    materialize = getattr(core_model_loading, "_materialize_copy", None)  # a private name: of transformers 5.23
+
+    def reading(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        read.append(math.prod(tensor.get_shape()))
+        return materialize(tensor, *args, **kwargs)
+
+    if materialize is not None:
+        core_model_loading._materialize_copy = reading
     if how == "shard_experts":
         with hf.shard_experts(ExpertGroup(timeout=20)):
             loaded, info = load(directory, dtype=torch.float32, output_loading_info=True)
@@ -207,6 +217,7 @@ def model(rank: int, size: int, directory: Path, how: str) -> dict[str, Any]:
     return {
         "logits": logits,
         "text": text,
+        "read": None if materialize is None else sum(read),
         "sent": (group.collectives - before[0], group.nbytes - before[1]),
         "layers": [(layer.own.start, layer.own.stop, layer.total_experts) for layer in layers],
         "held": sum(t.nbytes for t in loaded.state_dict().values()),

@@ -239,6 +239,8 @@ def test_models(made: checkpoints.Made, tmp_path: Path, how: str, size: int) -> 
         assert found["problems"] == [[], [], []]
         torch.testing.assert_close(found["logits"], logits, rtol=0, atol=1e-4 * float(logits.std()))
         assert torch.equal(found["text"], text)
+        others = re.compile(rf"\.experts\.({'|'.join(str(e) for e in range(6) if e not in own)})\.")
+        assert found["read"] in (None, sum(t.numel() for name, t in made.tensors.items() if not others.search(name)))
         assert found["held"] == sum(sizes.values()) - experts + found["experts held"]
         # 11 tokens, then 4 one by one: an announcement a pass and an exchange a layer
         assert found["sent"] == (5 * (1 + 2), 5 * 40 + 2 * (11 + 4) * 4 * (192 + 1))
