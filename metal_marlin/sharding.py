@@ -12,9 +12,11 @@ import hashlib
 import itertools
 import json
 import os
+import threading
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -250,13 +252,19 @@ class ExpertGroup:
         """Ranks that saw an exchange fail tell each other through the store; the silent ones are the cause."""
         text = f"rank {self.rank} of {self.size}: {what} failed after {seconds:.1f} s (timeout={self.timeout:g} s):"
         text += f" {_cause(error)}."
-        try:
-            self._store.set(f"failed/{self.rank}", what)
-            silent = self._wait_for([f"failed/{rank}" for rank in range(self.size)], LAST_WORDS)
-            if silent:
-                text += f" {_ranks(silent)} did not report: died or stalled."
-        except dist.DistError:
-            text += " The store is gone too: its process, usually rank 0's or torchrun's, has died."
+        found: list[str] = []
+
+        def ask() -> None:
+            with suppress(dist.DistError):
+                self._store.set(f"failed/{self.rank}", what)
+                silent = self._wait_for([f"failed/{rank}" for rank in range(self.size)], LAST_WORDS)
+                found.append(f" {_ranks(silent)} did not report: died or stalled." if silent else "")
+
+        # a thread, for a store whose process is stopped doesn't answer, and waits for much longer than an exchange
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(2 * LAST_WORDS)
+        text += found[0] if found else " The store is silent too: its process, torchrun's or rank 0's, died or stalled."
         self._failure = text
         raise RuntimeError(text) from error
 
