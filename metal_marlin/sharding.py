@@ -67,8 +67,8 @@ class ExpertGroup:
 
     A group of its own is made of the given one's ranks and backend, so that the timeout is this one's. RuntimeError: no
     process group is there, or a rank didn't come; ValueError: a timeout that is no positive number. Whatever goes wrong
-    in an exchange is a RuntimeError on every rank that is still there, within the timeout; the group can't be used
-    after it.
+    in an exchange is a RuntimeError on every rank that is still there, a few seconds after the timeout at the latest;
+    the group can't be used after it.
 
     .rank, .size; .collectives, .nbytes, .seconds: exchanges so far, the bytes that this rank gave, the time they took
     """
