@@ -258,6 +258,7 @@ static int execute(PyObject *module) {
     return add_lists(module) && mm_metal_add_types(module, PyModule_GetState(module)) &&
                    !PyModule_AddIntConstant(module, "MAX_EXPERTS", MM_MAX_EXPERTS) &&
                    !PyModule_AddIntConstant(module, "MAX_TOP_K", MM_MAX_TOP_K) &&
+                   !PyModule_AddIntConstant(module, "NO_EXPERT", MM_NO_EXPERT) &&
                    !PyModule_AddIntConstant(module, "HADAMARD", MM_HADAMARD) &&
                    !PyModule_AddIntConstant(module, "TILE", MM_TILE)
                ? 0

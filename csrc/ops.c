@@ -503,7 +503,7 @@ static bool stack_fits(struct mm_call *call, int first, const char *x, int64_t i
     return true;
 }
 
-/* ids, of int32 or int64 and any strides, as a plain int32 array that the caller frees */
+/* ids, of int32 or int64 and any strides, as a plain int32 array that the caller frees. -1 is a slot without an expert. */
 static int32_t *ids_of(struct mm_call *call, const struct mm_tensor *ids, int64_t experts, int64_t top_k) {
     bool wide = ids->dtype == mm_torch.aoti_torch_dtype_int64();
     int32_t *out = mm_alloc((size_t)ids->numel * sizeof *out);
@@ -515,9 +515,9 @@ static int32_t *ids_of(struct mm_call *call, const struct mm_tensor *ids, int64_
             rest /= ids->sizes[d];
         }
         int64_t id = wide ? ((const int64_t *)ids->data)[offset] : ((const int32_t *)ids->data)[offset];
-        if (id < 0 || id >= experts) {
+        if (id < MM_NO_EXPERT || id >= experts) {
             mm_free(out);
-            return fail(call, "ids holds %lld at token %lld, slot %lld; expected 0 to %lld", (long long)id,
+            return fail(call, "ids holds %lld at token %lld, slot %lld; expected 0 to %lld, or -1 for none", (long long)id,
                         (long long)(i / top_k), (long long)(i % top_k), (long long)(experts - 1)),
                    NULL;
         }

@@ -9,6 +9,7 @@ ACTIVATIONS: tuple[str, ...]
 ROUTERS: tuple[str, ...]
 MAX_EXPERTS: int
 MAX_TOP_K: int
+NO_EXPERT: int
 HADAMARD: int
 TILE: int
 

@@ -37,11 +37,15 @@ except ImportError as error:
 from metal_marlin.hf_experts import experts_forward
 from metal_marlin.hf_plan import PROJECTIONS, Plan, apply_plan, check_load, make_plan
 from metal_marlin.hf_routers import fuse_routers
+from metal_marlin.hf_sharding import expert_group, set_plan, shard_experts
 from metal_marlin.mps import mps_problem
 from metal_marlin.packed import TrellisStack
 from metal_marlin.safetensors_header import read_header
+from metal_marlin.sharding import ExpertGroup
 from metal_marlin.trellis import LEGACY, MARKERS, SCALES, unpack_signs
 from metal_marlin.weights import Checkpoint
+
+__all__ = ["EXPERTS_IMPLEMENTATION", "METHOD", "Exl3Config", "Exl3Quantizer", "shard_experts"]
 
 METHOD = "exl3"
 EXPERTS_IMPLEMENTATION = "metal_marlin"
@@ -107,6 +111,7 @@ class Exl3Quantizer(HfQuantizer):
     def __init__(self, quantization_config: Exl3Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.plan = Plan()
+        self.group: ExpertGroup | None = None
         self.base = ""
         self.dtypes: dict[str, torch.dtype] = {}
         if not self.pre_quantized:
@@ -159,16 +164,40 @@ class Exl3Quantizer(HfQuantizer):
             raise ValueError(
                 f"{type(model).__name__} is code from a checkpoint; expected a model class of transformers"
             )
-        if getattr(model.config, "distributed_config", None) is not None:
-            raise NotImplementedError("distributed_config is set; EXL3 models aren't split over devices yet")
+        self.group = expert_group(model.config)
         with torch.device("cpu"), _checkpoint(model.config, checkpoint_files) as checkpoint:
             self.base = f"{model.base_model_prefix}."
             self.plan = make_plan(model, checkpoint, get_model_conversion_mapping(model))
+            foreign = self._share(model, checkpoint)
             with torch.device("meta"):
                 apply_plan(model, self.plan)
             fuse_routers(model)
-            check_load(model, checkpoint, self.update_weight_conversions(get_model_conversion_mapping(model)))
+            check_load(model, checkpoint, self.update_weight_conversions(get_model_conversion_mapping(model)), foreign)
         self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+
+    def _share(self, model: Any, checkpoint: Checkpoint) -> set[str]:
+        """Gives every rank its part of each layer's experts. Returns the names of the tensors that others load."""
+        if self.group is None:
+            return set()
+        counts = {layer.shape.experts for layer in self.plan.experts.values()}
+        if not counts:
+            raise ValueError(f"{type(model).__name__} has no quantized experts; expected some to spread over the ranks")
+        if len(counts) != 1:
+            raise NotImplementedError(
+                f"distributed_config: the layers have {sorted(counts)} quantized experts; expected one number"
+            )
+        self.group.identify(checkpoint)
+        foreign: set[str] = set()
+        for layer in self.plan.experts.values():
+            layer.group = self.group
+            foreign |= layer.foreign()
+        held = next(iter(self.plan.experts.values())).own
+        others = "|".join(str(e) for e in range(counts.pop()) if e not in held)
+        ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"\.experts\.(?:{others})\."}
+        model._keys_to_ignore_on_load_unexpected = ignored
+        if getattr(model.config, "distributed_config", None) is not None:
+            set_plan(model, self.plan.experts)
+        return foreign
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return False
@@ -176,9 +205,9 @@ class Exl3Quantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: Sequence[Any], model: Any = None) -> list[Any]:
         """Converters for what was swapped, then transformers' own, which still serve experts that are not quantized."""
         own: list[WeightConverter] = []
-        for names in dict.fromkeys(layer.names for layer in self.plan.experts.values()):
+        for names, held in dict.fromkeys((layer.names, layer.own) for layer in self.plan.experts.values()):
             for name, projection in zip(names, PROJECTIONS, strict=True):
-                own += _stack_converters(name, projection)
+                own += _stack_converters(name, projection, held if self.group else None)
         for path, group in self.plan.linears.items():
             path = path.removeprefix(self.base)  # which the loader puts before it again, or takes off
             for new, old in LEGACY.items():
@@ -191,6 +220,8 @@ class Exl3Quantizer(HfQuantizer):
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.dtype in HALVES and tensor.dtype != self.dtypes.get(name, tensor.dtype):
                 tensor.data = tensor.data.to(self.dtypes[name])
+        if self.group:
+            self.group.start()
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -215,9 +246,10 @@ def _stack(kwargs: dict[str, Any]) -> TrellisStack:
     return stack
 
 
-def _stack_converters(name: str, projection: str) -> list[WeightConverter]:
-    """From `experts.E.{name}.*` of a file to `experts.{projection}.*`, a TrellisStack."""
-    source, target = rf"\.experts\.\d+\.{name}\.", f".experts.{projection}."
+def _stack_converters(name: str, projection: str, held: range | None = None) -> list[WeightConverter]:
+    """From `experts.E.{name}.*` of a file to `experts.{projection}.*`, a TrellisStack; only of experts in `held`."""
+    which = r"\d+" if held is None else f"(?:{'|'.join(map(str, held))})"
+    source, target = rf"\.experts\.{which}\.{name}\.", f".experts.{projection}."
     converters = [
         WeightConverter([f"{source}trellis$"], [f"{target}trellis", f"{target}table"], [StackTrellis()]),
         WeightConverter([f"{source}(?:{'|'.join(MARKERS)})$"], [f"{target}table"], [DropMarkers()]),

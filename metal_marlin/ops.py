@@ -93,7 +93,9 @@ def moe_trellis_swiglu(
     Args:
         x: ``[..., hidden]``, float32, bfloat16 or float16, any strides.
         weights: ``[..., top_k]`` routing weights, a float dtype; ``top_k`` at most 32.
-        ids: ``[..., top_k]`` expert of each slot, int32 or int64, in ``[0, experts)``; experts at most 512.
+        ids: ``[..., top_k]`` expert of each slot, int32 or int64, in ``[0, experts)``; experts at most 512. -1
+            (``_C.NO_EXPERT``) is a slot without an expert: it costs and adds nothing, whatever its weight, whose
+            gradient is 0. So a process computes its own part of a mixture that is spread over several.
         gate, up, down: stacks with ``trellis`` (flat int16: all experts' tiles), ``table`` (``[experts, 3]`` int64:
             offset in int16 elements, 2 x bits, index in ``_C.CODEBOOKS``), ``suh`` ``[experts, k]``,
             ``svh`` ``[experts, n]``, ``bias`` ``[experts, n]`` or None, all float16. Rates and codebooks may differ

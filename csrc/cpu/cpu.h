@@ -139,7 +139,7 @@ bool mm_cpu_dequantize(const struct mm_weight *weight, bool rotated, int64_t in_
 struct mm_moe {
     struct mm_rows x;       /* [tokens, hidden] */
     struct mm_rows weights; /* [tokens, top_k] */
-    const int32_t *ids;     /* [tokens, top_k], in range */
+    const int32_t *ids;     /* [tokens, top_k], in range or MM_NO_EXPERT */
     struct mm_stack gate, up, down;
     int64_t experts, intermediate;
     enum mm_activation activation;

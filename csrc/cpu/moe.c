@@ -280,19 +280,21 @@ static void store_token(int64_t token, void *scratch, void *context) {
                   run->sum + token * run->hidden, type, run->hidden);
 }
 
-/* Counting sort by expert (stable, so by token within an expert), then segments. */
+/* Counting sort by expert (stable, so by token within an expert), then segments. Slots without an expert are left out. */
 static void sort_pairs(struct moe_run *run, int64_t *starts) {
     const int32_t *ids = run->moe->ids;
     int64_t experts = run->moe->experts;
     memset(starts, 0, (size_t)(experts + 1) * sizeof *starts);
-    for (int64_t p = 0; p < run->pairs; p++) starts[ids[p] + 1]++;
+    for (int64_t p = 0; p < run->pairs; p++)
+        if (ids[p] != MM_NO_EXPERT) starts[ids[p] + 1]++;
     for (int64_t e = 0; e < experts; e++) {
         for (int64_t r = 0; r < starts[e + 1]; r += MM_ROW_BLOCK)
             run->segments[run->segment_count++] =
                 (struct segment){e, starts[e] + r, min64(starts[e + 1] - r, MM_ROW_BLOCK)};
         starts[e + 1] += starts[e];
     }
-    for (int64_t p = 0; p < run->pairs; p++) run->order[starts[ids[p]]++] = p;
+    for (int64_t p = 0; p < run->pairs; p++)
+        if (ids[p] != MM_NO_EXPERT) run->order[starts[ids[p]]++] = p;
 }
 
 /* The next chunk: whole segments, as many as `most` pairs hold, at least one. */
@@ -366,6 +368,7 @@ static bool run_moe(struct moe_run *run, void *out, void *dweights) {
     bool done = run->order && run->segments && run->sum && starts && memory && row;
     if (done) {
         memset(run->sum, 0, sum_bytes);
+        if (dweights) memset(dweights, 0, (size_t)run->pairs * mm_float_bytes(moe->weights.type));
         sort_pairs(run, starts);
         while (done && next_chunk(run, most)) {
             carve_chunk(run, memory, run->chunk_pairs);

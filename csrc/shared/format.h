@@ -14,6 +14,7 @@
 #define MM_WINDOW_BITS 16    /* a state is a 16-bit window of the tile's circular bit stream */
 #define MM_MAX_EXPERTS 512
 #define MM_MAX_TOP_K 32
+#define MM_NO_EXPERT (-1) /* the id of a slot that chooses nobody, or an expert that another process holds */
 
 /* 1/sqrt(128) as exllamav3's kernels spell it. */
 #define MM_HADAMARD_SCALE 0.088388347648f
