@@ -48,7 +48,7 @@ struct mm_weight mm_stack_weight(const struct mm_stack *stack, int64_t expert);
 /* The longest form of a rotated row, per 128 inputs. */
 #define MM_MAX_ROW_FLOATS (2 * MM_HADAMARD)
 /* Floats of scratch that `multiply` and `multiply_transposed` need. */
-#define MM_MULTIPLY_SCRATCH (MM_ROW_BLOCK * 64 + 16 * MM_TILE_WEIGHTS)
+#define MM_MULTIPLY_SCRATCH (MM_ROW_BLOCK * 8 * 16 + 16 * MM_TILE_WEIGHTS) /* sums, and a panel */
 
 /* The kernels of one SIMD level. A rotated input row travels in a form of the level's own, row_floats(codebook) floats for
  * each 128 inputs: "tiled" (tiles.h), 4 groups of 4 values for each 16 inputs, in trellis order (rows 2q, 2q+1, 2q+8, 2q+9), each
@@ -100,8 +100,8 @@ const struct mm_kernels *mm_kernels_avx512_fp16_int16(void);
 const struct mm_kernels *mm_kernels_avx512_int8(void);
 const struct mm_kernels *mm_kernels_avx512_fp16_int8(void);
 #define MM_CPU_LEVELS(X)                                                                      \
-    X(scalar) X(neon) X(avx2) X(avx512) X(avx512_fp16) X(avx512_int8) X(avx512_fp16_int8)      \
-    X(neon_int16) X(avx2_int16) X(avx512_int16) X(avx512_fp16_int16)
+    X(scalar) X(neon) X(avx2) X(avx512) X(avx512_fp16) X(neon_int16) X(avx2_int16) X(avx512_int16) \
+    X(avx512_fp16_int16) X(avx512_int8) X(avx512_fp16_int8)
 
 extern const struct mm_kernels *mm_cpu; /* the active level; set once at import, and by tests */
 #define MM_MAX_CPU_LEVELS 12
