@@ -30,7 +30,7 @@
 #include <string.h>
 
 #define REACH 224
-#define BACK 128 /* ends the way back: the overlap is then 64 positions, and earlier costs need not be kept */
+#define BACK 96 /* ends the way back: what overlaps is then 96 positions, and earlier costs need not be kept */
 #define MOST_STEPS (2 * REACH)
 #define CONE_BITS 9 /* costs are kept so often that about 2^CONE_BITS of them lead to a node on the way back */
 

@@ -35,7 +35,6 @@ INLINE void step_of(vec *next, const float *costs, const vec *ordered, float x, 
     if (1 << bits >= LANES) {
         for (int first = 0; first < next_nodes; first += BLOCK * LANES, next += BLOCK) {
             vec best[BLOCK];
-            UNROLL(1)
             for (int way = 0; way < ways; way++) {
                 const float *from = costs + ((way * next_nodes + first) >> bits);
                 UNROLL(BLOCK)
