@@ -190,8 +190,8 @@ def dequantize(
 
 
 def trellis_quantize(tiles: Tensor, rate2: int, codebook: str) -> tuple[Tensor, Tensor]:
-    """Quantizes tiles of 16 x 16 weights: each becomes the bit stream whose decoded values are closest to it (in the sum
-    of squared differences).
+    """Quantizes tiles of 16 x 16 weights: each becomes the stream whose decoded values are closest to it in the sum
+    of squared differences.
 
     Scales, rotations and the order in which a matrix's tiles are visited belong to the caller: tiles are taken as they
     are, in units of the codebook, whose values have a standard deviation of 1.24 (3inst, mcg) or 1.00 (mul1).
