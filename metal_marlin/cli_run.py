@@ -49,12 +49,16 @@ def load(directory: str | Path, dtype: str, device: str = "cpu") -> tuple[Any, A
 
 
 def resident_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers, each storage counted once."""
-    storages = {}
+    """Bytes of all parameters and buffers; memory that several of them show, as views of a file do, counts once."""
+    ranges = []
     for tensor in (*model.parameters(), *model.buffers()):
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+        ranges.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+    total, end = 0, 0
+    for first, last in sorted(ranges):
+        total += max(0, last - max(first, end))
+        end = max(end, last)
+    return total
 
 
 def windows_of(text: str, tokenizer: Any, length: int, limit: int | None) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Hugging Face transformers: `import metal_marlin.hf`, then from_pretrained of an EXL3 folder works.
 
 Importing registers the quantization method "exl3" and the experts implementation "metal_marlin" (hf_experts.py). Owns
-the hooks that transformers' loader calls, and the converters that join the experts of a file into stacks. What goes
-where is decided, and every shape, rate and name checked, before any weight is read (hf_plan.py). Weights are never
-expanded to a dense copy. Routers that the fused op can stand in for use it (hf_routers.py says which; the others keep
+the hooks that transformers' loader calls. What goes where is decided, and every shape, rate and name checked, before
+any weight is read (hf_plan.py); then the loader is handed packed weights as the modules hold them, views of the mapped
+files, and everything else as it lies in the files. Weights are never expanded to a dense copy. Routers that the fused op can stand in for use it (hf_routers.py says which; the others keep
 transformers' own routing). Runs on the CPU. Checked with transformers 5.8 to 5.23. Contract:
 transformers/quantizers/base.py, core_model_loading.py.
 """
@@ -13,8 +13,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from torch import Tensor
 try:
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
     from transformers.integrations.moe import ExpertsInterface
     from transformers.quantizers import auto
     from transformers.quantizers.base import HfQuantizer
@@ -37,10 +36,11 @@ except ImportError as error:
 from metal_marlin.hf_experts import experts_forward
 from metal_marlin.hf_plan import PROJECTIONS, Plan, apply_plan, check_load, make_plan
 from metal_marlin.hf_routers import fuse_routers
+from metal_marlin.mapping import Mapping
 from metal_marlin.mps import mps_problem
 from metal_marlin.packed import TrellisStack
 from metal_marlin.safetensors_header import read_header
-from metal_marlin.trellis import LEGACY, MARKERS, SCALES, unpack_signs
+from metal_marlin.trellis import MARKERS
 from metal_marlin.weights import Checkpoint
 
 METHOD = "exl3"
@@ -60,43 +60,17 @@ class Exl3Config(QuantizationConfigMixin):
                 setattr(self, name, value)
 
 
-class StackTrellis(ConversionOps):
-    """Joins the trellises of all experts into one flat buffer, with the table that says where each begins."""
+class Later:
+    """A tensor that is made when the loader takes it, to be sent to another device than the CPU."""
 
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Tensor]:
-        stack = _stack(kwargs)
-        (tensors,) = input_dict.values()
-        input_dict.clear()
-        shapes = [tuple(tensor.shape) for tensor in tensors]
-        if shapes != stack.shapes:
-            raise ValueError(f"{kwargs['full_layer_name']}: got experts of shapes {shapes}; expected {stack.shapes}")
-        flat = torch.empty(stack.trellis.shape, dtype=torch.int16, device=tensors[0].device)
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        for part in reversed(parts):  # from the end: each tensor is freed as soon as it is copied
-            part.copy_(tensors.pop().reshape(-1))
-        return dict(zip(target_patterns, (flat, stack.make_table(flat.device)), strict=True))
+    def __init__(self, make: Callable[[], Tensor], floating: bool) -> None:
+        self._make, self._floating = make, floating
 
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._make()[index]
 
-class DropMarkers(ConversionOps):
-    """Takes the codebooks' markers of all experts, whose values the pre-flight checked, and gives the table again."""
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Tensor]:
-        (tensors,) = input_dict.values()
-        return {target_patterns[0]: _stack(kwargs).make_table(tensors[0].device)}
-
-
-class UnpackSigns(ConversionOps):
-    """Legacy sign bits to float16 scales."""
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Any]:
-        (tensors,) = input_dict.values()
-        return {target_patterns[0]: [unpack_signs(tensor) for tensor in tensors]}
+    def is_floating_point(self) -> bool:
+        return self._floating
 
 
 class Exl3Quantizer(HfQuantizer):
@@ -107,7 +81,8 @@ class Exl3Quantizer(HfQuantizer):
     def __init__(self, quantization_config: Exl3Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.plan = Plan()
-        self.base = ""
+        self.checkpoint: Checkpoint | None = None
+        self.shares = True
         self.dtypes: dict[str, torch.dtype] = {}
         if not self.pre_quantized:
             raise ValueError(
@@ -153,7 +128,9 @@ class Exl3Quantizer(HfQuantizer):
             raise ValueError(f"dtype is {dtype}; expected one of {', '.join(map(str, DTYPES))}")
         return dtype
 
-    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Any = None, device_map: Any = None, **kwargs: Any
+    ) -> None:
         """The pre-flight; then swaps modules. `model` is on the meta device."""
         if type(model).__module__.split(".")[0] == "transformers_modules":
             raise ValueError(
@@ -161,36 +138,51 @@ class Exl3Quantizer(HfQuantizer):
             )
         if getattr(model.config, "distributed_config", None) is not None:
             raise NotImplementedError("distributed_config is set; EXL3 models aren't split over devices yet")
+        places = device_map.values() if isinstance(device_map, dict) else [device_map]
         with torch.device("cpu"), _checkpoint(model.config, checkpoint_files) as checkpoint:
-            self.base = f"{model.base_model_prefix}."
+            self.shares = all(place is None or torch.device(place).type == "cpu" for place in places)
             self.plan = make_plan(model, checkpoint, get_model_conversion_mapping(model))
             with torch.device("meta"):
-                apply_plan(model, self.plan)
+                apply_plan(model, self.plan, checkpoint if self.shares else None)
             fuse_routers(model)
-            check_load(model, checkpoint, self.update_weight_conversions(get_model_conversion_mapping(model)))
+            check_load(model, checkpoint, self.plan, get_model_conversion_mapping(model))
+            self.checkpoint = checkpoint
         self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return False
 
-    def update_weight_conversions(self, weight_conversions: Sequence[Any], model: Any = None) -> list[Any]:
-        """Converters for what was swapped, then transformers' own, which still serve experts that are not quantized."""
-        own: list[WeightConverter] = []
-        for names in dict.fromkeys(layer.names for layer in self.plan.experts.values()):
-            for name, projection in zip(names, PROJECTIONS, strict=True):
-                own += _stack_converters(name, projection)
+    def state(self) -> dict[str, Any]:
+        """What the loader is to load, in place of the files' tensors: packed weights by their names in the model."""
+        checkpoint, state = self.checkpoint, dict[str, Any]()
+        assert checkpoint is not None
+        unpacked = checkpoint.tensors.keys() - {n for g in checkpoint.groups.values() for n in g.names.values()}
+        for name in checkpoint.tensors:
+            if name in unpacked:
+                state[name] = checkpoint.tensor(name)
         for path, group in self.plan.linears.items():
-            path = path.removeprefix(self.base)  # which the loader puts before it again, or takes off
-            for new, old in LEGACY.items():
-                if old in group.names:
-                    own.append(WeightConverter([rf"{re.escape(path)}\.{old}$"], [f"{path}.{new}"], [UnpackSigns()]))
-        return [*own, *weight_conversions]
+            tensor = checkpoint.linear(group.prefix)
+            parts = {"trellis": tensor.trellis, "suh": tensor.suh, "svh": tensor.svh, "bias": tensor.bias}
+            parts |= {marker: checkpoint.tensor(group.names[marker]) for marker in MARKERS if marker in group.names}
+            state |= {f"{path}.{part}": value for part, value in parts.items() if value is not None}
+        for path, layer in self.plan.experts.items():
+            for projection in PROJECTIONS:
+                prefixes = [group.prefix for group in layer.projection(projection)]
+                stack = functools.lru_cache(1)(functools.partial(_stack, checkpoint, prefixes, self.shares))
+                for part in ("trellis", "table", "suh", "svh", *(["bias"] if layer.shape.bias else [])):
+                    make = functools.partial(_buffer, stack, part)
+                    state[f"{path}.{projection}.{part}"] = make() if self.shares else Later(make, part[0] in "sb")
+        return state
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Casts what is still in the file's half precision: older loaders leave tensors uncast that they rename."""
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.dtype in HALVES and tensor.dtype != self.dtypes.get(name, tensor.dtype):
                 tensor.data = tensor.data.to(self.dtypes[name])
+        if self.checkpoint is not None and self.shares:
+            self.checkpoint.mapping.populate()
+            model.register_forward_pre_hook(FileCheck(self.checkpoint.mapping))
+        self.checkpoint = None
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -209,24 +201,26 @@ class Exl3Quantizer(HfQuantizer):
         return True
 
 
-def _stack(kwargs: dict[str, Any]) -> TrellisStack:
-    """The stack that a converter's target belongs to."""
-    stack: TrellisStack = kwargs["model"].get_submodule(kwargs["full_layer_name"].rpartition(".")[0])
-    return stack
+class FileCheck:
+    """A forward pre-hook: OSError instead of wrong results, or of the process's end, if a mapped file has changed."""
+
+    def __init__(self, mapping: Mapping) -> None:
+        self.mapping = mapping
+
+    def __call__(self, module: Any, arguments: Any) -> None:
+        if not torch.compiler.is_compiling():  # what is compiled checks nothing
+            self.mapping.check()
 
 
-def _stack_converters(name: str, projection: str) -> list[WeightConverter]:
-    """From `experts.E.{name}.*` of a file to `experts.{projection}.*`, a TrellisStack."""
-    source, target = rf"\.experts\.\d+\.{name}\.", f".experts.{projection}."
-    converters = [
-        WeightConverter([f"{source}trellis$"], [f"{target}trellis", f"{target}table"], [StackTrellis()]),
-        WeightConverter([f"{source}(?:{'|'.join(MARKERS)})$"], [f"{target}table"], [DropMarkers()]),
-    ]
-    for part in (*SCALES, "bias"):
-        converters.append(WeightConverter([f"{source}{part}$"], [f"{target}{part}"], [MergeModulelist(0)]))
-    for new, old in LEGACY.items():
-        converters.append(WeightConverter([f"{source}{old}$"], [f"{target}{new}"], [UnpackSigns(), MergeModulelist(0)]))
-    return converters
+def _stack(checkpoint: Checkpoint, prefixes: Sequence[str], shares: bool) -> TrellisStack:
+    """The stack of the matrices with these names; back to back if it isn't to stay where it is."""
+    experts = [checkpoint.linear(prefix) for prefix in prefixes]
+    return TrellisStack.from_experts(experts if shares else [replace(expert, place=None) for expert in experts])
+
+
+def _buffer(stack: Callable[[], TrellisStack], part: str) -> Tensor:
+    buffer: Tensor = stack().get_buffer(part)
+    return buffer
 
 
 def _checkpoint(config: Any, files: Sequence[str] | None) -> Checkpoint:
@@ -258,14 +252,14 @@ def _register() -> None:
     ExpertsInterface.register(EXPERTS_IMPLEMENTATION, experts_forward)
 
 
-def _refuse_unlabelled() -> None:
-    """Without a quantization_config, transformers would load an EXL3 folder as random dense weights and only warn.
+def _wrap_loading() -> None:
+    """The loading function itself is wrapped, for two things that no hook reaches.
 
-    No hook sees such a model, so the loading function itself is wrapped. It only ever adds an error.
+    What it loads: packed weights as the modules hold them, which converters could only make copies for. And without a
+    quantization_config, it would load an EXL3 folder as random dense weights and only warn: an error instead.
     """
     load = PreTrainedModel._load_pretrained_model
-    if hasattr(load, "refuses_unlabelled_exl3"):
-        return
+    load = getattr(load, "metal_marlin_wraps", load)  # an earlier import of this very module
     signature = inspect.signature(load)
 
     @functools.wraps(load)
@@ -279,9 +273,13 @@ def _refuse_unlabelled() -> None:
                     f"{file}: holds {name}, but config.json has no quantization_config; expected one with"
                     f" quant_method {METHOD!r}"
                 )
+        if isinstance(quantizer, Exl3Quantizer) and quantizer.checkpoint is not None:
+            call = signature.bind(*args, **kwargs)
+            call.arguments["state_dict"] = quantizer.state()
+            return load(*call.args, **call.kwargs)
         return load(*args, **kwargs)
 
-    checked.refuses_unlabelled_exl3 = True  # type: ignore[attr-defined]
+    checked.metal_marlin_wraps = load  # type: ignore[attr-defined]
     PreTrainedModel._load_pretrained_model = staticmethod(checked)
 
 
@@ -294,4 +292,4 @@ def _first_trellis(file: Path) -> str | None:
 
 
 _register()
-_refuse_unlabelled()
+_wrap_loading()
