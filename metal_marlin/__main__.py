@@ -1,4 +1,4 @@
-"""The command line: python -m metal_marlin {info, inspect, generate, perplexity, demo, selftest}.
+"""The command line: python -m metal_marlin {info, inspect, fit, generate, perplexity, demo, selftest}.
 
 Owns the arguments and what an error looks like: a mistake of the user's is one line on stderr and exit status 2,
 anything else that fails one line and status 1, and --debug shows the traceback of either.
@@ -45,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("directory", metavar="DIR", help="a folder with safetensors; no weights are loaded")
     inspect.add_argument("--all", action="store_true", help="one line for every tensor, not for every group")
+
+    fit = commands.add_parser("fit", parents=[common, machine, model], help="whether a model fits into this machine's memory")
+    fit.add_argument("--context", type=int, metavar="N", help="tokens of a conversation (default: 4096, or the model's most)")
 
     generate = commands.add_parser("generate", parents=[common, model], help="continue a text")
     generate.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
@@ -94,6 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
         from metal_marlin import cli_info as command
     elif arguments.command == "inspect":
         from metal_marlin import cli_inspect as command  # type: ignore[no-redef]
+    elif arguments.command == "fit":
+        from metal_marlin import cli_fit as command  # type: ignore[no-redef]
     elif arguments.command == "demo":
         from metal_marlin import cli_demo as command  # type: ignore[no-redef]
     elif arguments.command == "selftest":

@@ -10,9 +10,11 @@ transformers/quantizers/base.py, core_model_loading.py.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +36,7 @@ except ImportError as error:
     ) from error
 
 from metal_marlin.hf_experts import experts_forward
+from metal_marlin.hf_memory import check_fit, current, install_cache, loading
 from metal_marlin.hf_plan import PROJECTIONS, Plan, apply_plan, check_load, make_plan
 from metal_marlin.hf_routers import fuse_routers
 from metal_marlin.mapping import Mapping
@@ -42,6 +45,8 @@ from metal_marlin.packed import TrellisStack
 from metal_marlin.safetensors_header import read_header
 from metal_marlin.trellis import MARKERS
 from metal_marlin.weights import Checkpoint
+
+__all__ = ["Exl3Config", "Exl3Quantizer", "loading"]
 
 METHOD = "exl3"
 EXPERTS_IMPLEMENTATION = "metal_marlin"
@@ -82,7 +87,8 @@ class Exl3Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.plan = Plan()
         self.checkpoint: Checkpoint | None = None
-        self.shares = True
+        self.shares, self.cached = True, False
+        self.readahead: threading.Thread | None = None
         self.dtypes: dict[str, torch.dtype] = {}
         if not self.pre_quantized:
             raise ValueError(
@@ -139,14 +145,22 @@ class Exl3Quantizer(HfQuantizer):
         if getattr(model.config, "distributed_config", None) is not None:
             raise NotImplementedError("distributed_config is set; EXL3 models aren't split over devices yet")
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
-        with torch.device("cpu"), _checkpoint(model.config, checkpoint_files) as checkpoint:
-            self.shares = all(place is None or torch.device(place).type == "cpu" for place in places)
+        options = current()
+        with torch.device("cpu"):
+            checkpoint = _checkpoint(model.config, checkpoint_files, options.copy)
+            gpu = any(place is not None and torch.device(place).type != "cpu" for place in places)
+            self.shares = not gpu and not options.copy
+            check_fit(checkpoint, model.config.to_dict(), model.dtype, gpu)
             self.plan = make_plan(model, checkpoint, get_model_conversion_mapping(model))
             with torch.device("meta"):
                 apply_plan(model, self.plan, checkpoint if self.shares else None)
             fuse_routers(model)
             check_load(model, checkpoint, self.plan, get_model_conversion_mapping(model))
             self.checkpoint = checkpoint
+            self.cached = options.cache_bytes is not None
+            if self.shares and options.populate:
+                self.readahead = threading.Thread(target=_read_ahead, args=(checkpoint.mapping, self._ranges()), daemon=True)
+                self.readahead.start()  # meanwhile, the loader goes through the names
         self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -180,10 +194,25 @@ class Exl3Quantizer(HfQuantizer):
             if tensor.dtype in HALVES and tensor.dtype != self.dtypes.get(name, tensor.dtype):
                 tensor.data = tensor.data.to(self.dtypes[name])
         if self.checkpoint is not None and self.shares:
-            self.checkpoint.mapping.populate()
-            model.register_forward_pre_hook(FileCheck(self.checkpoint.mapping))
-        self.checkpoint = None
+            mapping = self.checkpoint.mapping
+            if self.cached:
+                model.metal_marlin_cache = install_cache(model, self.plan, self.checkpoint)
+            if self.readahead is not None:
+                self.readahead.join()
+                mapping.check()
+            model.register_forward_pre_hook(FileCheck(mapping))
+        self.checkpoint = self.readahead = None
         return model
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        """What to read of the mapping, in bytes from its beginning: all of it, but for experts that go to a cache."""
+        checkpoint = self.checkpoint
+        assert checkpoint is not None
+        if not self.cached:
+            return [(0, checkpoint.mapping.nbytes)]
+        cached = {group.names["trellis"] for layer in self.plan.experts.values() for group in layer.groups.values()}
+        infos = [info for name, info in checkpoint.tensors.items() if name not in cached and info.nbytes]
+        return [(checkpoint.mapping.place(info), checkpoint.mapping.place(info) + info.nbytes) for info in infos]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         logger.warning(
@@ -212,6 +241,13 @@ class FileCheck:
             self.mapping.check()
 
 
+def _read_ahead(mapping: Mapping, ranges: Sequence[tuple[int, int]]) -> None:
+    """Errors are left to whoever needs the bytes: the loader, or the check after it."""
+    with contextlib.suppress(OSError):
+        for begin, end in ranges:
+            mapping.populate(begin, end)
+
+
 def _stack(checkpoint: Checkpoint, prefixes: Sequence[str], shares: bool) -> TrellisStack:
     """The stack of the matrices with these names; back to back if it isn't to stay where it is."""
     experts = [checkpoint.linear(prefix) for prefix in prefixes]
@@ -223,11 +259,11 @@ def _buffer(stack: Callable[[], TrellisStack], part: str) -> Tensor:
     return buffer
 
 
-def _checkpoint(config: Any, files: Sequence[str] | None) -> Checkpoint:
+def _checkpoint(config: Any, files: Sequence[str] | None, copy: bool) -> Checkpoint:
     """The checkpoint that transformers resolved to `files`."""
     if not files:
         raise ValueError("EXL3 weights come from a folder or a hub name; expected one instead of a state_dict")
-    return Checkpoint(_folder(config) or Path(files[0]).parent, files)
+    return Checkpoint(_folder(config) or Path(files[0]).parent, files, copy=copy)
 
 
 def _folder(config: Any) -> Path | None:
