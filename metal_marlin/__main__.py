@@ -46,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("directory", metavar="DIR", help="a folder with safetensors; no weights are loaded")
     inspect.add_argument("--all", action="store_true", help="one line for every tensor, not for every group")
 
-    fit = commands.add_parser("fit", parents=[common, machine, model], help="whether a model fits into this machine's memory")
-    fit.add_argument("--context", type=int, metavar="N", help="tokens of a conversation (default: 4096, or the model's most)")
+    fit = commands.add_parser("fit", parents=[common, machine, model], help="whether a model fits into memory here")
+    fit.add_argument("--context", type=int, metavar="N", help="tokens in all (default: 4096, or the model's most)")
 
     generate = commands.add_parser("generate", parents=[common, model], help="continue a text")
     generate.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")

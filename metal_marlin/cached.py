@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,9 +78,9 @@ class CachedWeightBuffers:
                       input; "previous", what the token before used; "none"
     bytes_per_second  a simulated disk, for measurements; 0: none
 
-    ValueError: a budget below one token's experts, which the message states, or arguments that make no sense. OSError: a
-    file that can't be opened, is truncated, or, later, has changed or can't be read; nothing wrong is ever computed. The
-    readers do not survive a fork: a forked process gets an OSError and must load the model itself.
+    ValueError: a budget below one token's experts, which the message states, or arguments that make no sense. OSError:
+    a file that can't be opened, is truncated, or, later, has changed or can't be read; nothing wrong is ever computed.
+    The readers do not survive a fork: a forked process gets an OSError and must load the model itself.
     """
 
     def __init__(
@@ -136,9 +136,9 @@ class CachedWeightBuffers:
         return self.slots * self.slot_bytes
 
     def acquire(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """Pins distinct experts of a layer, waits for them, and returns their slots. OSError, TimeoutError: none is pinned.
+        """Pins distinct experts of a layer, waits for them, and returns their slots. To be followed by `release`.
 
-        ValueError: more experts than slots. To be followed by `release`; `use` does both.
+        OSError: more experts than slots, or as above. TimeoutError: the disk stalls. Then none is pinned.
         """
         return _C.cache_acquire(self._cache, self._items(layer, experts), self.timeout)
 
@@ -156,7 +156,7 @@ class CachedWeightBuffers:
             self.release(layer, experts)
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> int:
-        """Asks for experts, the likeliest first, and returns at once; how many weren't there or on their way, and are taken.
+        """Asks for experts, the likeliest first, and returns at once; how many of them are now to be read.
 
         Takes no room from what is in use, being read, or itself read ahead a moment ago.
         """
@@ -181,6 +181,10 @@ class CachedWeightBuffers:
 
 class CachedStack(Packed):
     """One projection of a layer's experts, whose tiles are in a cache: scales, and a table that every call rewrites."""
+
+    suh: Tensor
+    svh: Tensor
+    bias: Tensor | None
 
     def __init__(self, stack: TrellisStack, cache: CachedWeightBuffers, places: Sequence[int]) -> None:
         super().__init__()
@@ -217,8 +221,8 @@ class _Bound:
 class CachedExperts(nn.Module):
     """TrellisExperts whose tiles are in a cache: the same arguments, the same result.
 
-    A call whose experts all fit into the cache gives the same bits. One with more (a long prompt, a small cache) runs in
-    parts, experts in ascending order, and adds them in float32: it differs by float32's rounding. Its gradient is
+    A call whose experts all fit into the cache gives the same bits. One with more (a long prompt, a small cache) runs
+    in parts, experts in ascending order, and adds them in float32: it differs by float32's rounding. Its gradient is
     refused: a backward pass would need the tiles again. torch.compile leaves it as it is.
 
     experts      what it stands in for; its tiles are not touched
@@ -239,19 +243,17 @@ class CachedExperts(nn.Module):
         if "act_fn" in experts._modules:
             self.add_module("act_fn", experts._modules["act_fn"])
         self.cache, self.layer = cache, layer
-        self._next: tuple[int, Callable[[Tensor], Tensor] | None] | None = None
+        self._next: tuple[CachedExperts, Callable[[Tensor], Tensor] | None] | None = None
         self._previous: list[int] = []
 
     def look_ahead_to(self, layer: CachedExperts, router: Callable[[Tensor], Tensor] | None) -> None:
         """The layer that runs next, and what guesses its experts, int [tokens, n], from this one's input."""
-        self._next = layer.layer, router
-        # kept out of the module tree: the next layer is no part of this one
-        object.__setattr__(self, "_next_experts", layer)
+        self._next = layer, router  # in a tuple: the next layer is no child of this one
 
     @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
-            raise NotImplementedError("experts in a cache have no gradient; load the model without cache_bytes to train")
+            raise NotImplementedError("experts in a cache have no gradient; to train, load without cache_bytes")
         needed = torch.unique(top_k_index).tolist()
         if needed and not 0 <= needed[0] <= needed[-1] < self.num_experts:
             raise ValueError(f"top_k_index has {needed[0]} to {needed[-1]}; expected 0 to {self.num_experts - 1}")
@@ -275,7 +277,7 @@ class CachedExperts(nn.Module):
         )  # fmt: skip
 
     def _run_in_parts(self, x: Tensor, ids: Tensor, weights: Tensor, needed: Sequence[int], room: int) -> Tensor:
-        rows, ids, weights = x.reshape(-1, x.shape[-1]), ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, ids.shape[-1])
+        rows, ids, weights = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, ids, weights))
         total = torch.zeros(rows.shape, dtype=torch.float32)
         half = max(self.cache.top_k, room // 2) if room > self.cache.top_k else room  # the next part is read meanwhile
         parts = [needed[i : i + half] for i in range(0, len(needed), half)]
@@ -292,23 +294,23 @@ class CachedExperts(nn.Module):
         """Reads ahead for the layer that runs next."""
         if self._next is None or self.cache.look_ahead == "none":
             return
-        layer, router = self._next
+        following, router = self._next
         if router is not None and self.cache.look_ahead == "router":
             guess = router(x)
-            likely = list(dict.fromkeys(guess.t().reshape(-1).tolist()))  # every token's best, then its second best, ...
+            likely = list(dict.fromkeys(guess.t().reshape(-1).tolist()))  # every token's best, then its second best
         else:
-            likely = self._next_experts._previous
+            likely = following._previous
         if likely:
-            self.cache.prefetch(layer, likely)
+            self.cache.prefetch(following.layer, likely)
 
     def extra_repr(self) -> str:
-        sizes = f"hidden_dim={self.hidden_dim}, intermediate_dim={self.intermediate_dim}, activation={self.activation!r}"
-        return f"{sizes}, slots={self.cache.slots} of {self.cache.slot_bytes} bytes"
+        sizes = f"hidden_dim={self.hidden_dim}, intermediate_dim={self.intermediate_dim}"
+        return f"{sizes}, activation={self.activation!r}, slots={self.cache.slots} of {self.cache.slot_bytes} bytes"
 
 
 def cache_experts(
     model: nn.Module,
-    layers: dict[str, Sequence[Sequence[TensorInfo]]],
+    layers: Mapping[str, Sequence[Sequence[TensorInfo]]],
     budget_bytes: int,
     *,
     routers: dict[str, Callable[[Tensor], Tensor]] | None = None,
@@ -316,7 +318,7 @@ def cache_experts(
 ) -> CachedWeightBuffers:
     """Puts CachedExperts into the place of a model's TrellisExperts, and returns their cache.
 
-    layers   {path of a TrellisExperts: for each expert, the headers' trellises of gate, up, down}, in the order of running
+    layers   {path of a TrellisExperts: for each expert, the headers' trellises of gate, up, down}, in running order
     routers  {path: what guesses this layer's experts, int [tokens, n], from hidden states [..., H]}, where there is one
     options  as of CachedWeightBuffers
     """

@@ -6,7 +6,6 @@ Owns the arithmetic (docs/memory.md spells it out), the reading of free memory, 
 from __future__ import annotations
 
 import math
-import os
 import platform
 import re
 import subprocess
@@ -28,7 +27,7 @@ MAC_RESERVE_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a loaded model takes. `experts` are those of the routed experts' tiles, which a cache can hold in part."""
+    """Bytes that a loaded model takes. `experts`: the routed experts' tiles, which a cache can hold in part."""
 
     experts: int
     dense: int
@@ -134,8 +133,10 @@ def activation_bytes(config: dict[str, Any], context: int, dtype: torch.dtype) -
     input and float32 output), one layer's dense or shared expert's gate and up, the ops' scratch, one row of logits.
     """
     hidden = size(config, "hidden_size")
-    heads = size(config, "num_attention_heads") * (config.get("head_dim") or hidden // size(config, "num_attention_heads"))
-    width = 8 * max(hidden, heads) + 2 * (config.get("intermediate_size") or 0)
+    heads = size(config, "num_attention_heads")
+    width = 8 * max(hidden, heads * (config.get("head_dim") or hidden // heads)) + 2 * (
+        config.get("intermediate_size") or 0
+    )
     return context * width * max(dtype.itemsize, 2) + SCRATCH_BYTES + 4 * (config.get("vocab_size") or 0)
 
 
@@ -200,7 +201,8 @@ def _mac_memory() -> Free:
     """Free, purgeable and file-backed pages: what macOS gives without compressing others' memory."""
     names = ("vm.page_free_count", "vm.page_purgeable_count", "vm.page_pageable_external_count")
     pages = sum(_sysctl(name) for name in names)
-    return Free(pages * _sysctl("hw.pagesize"), _sysctl("hw.memsize"), "free, purgeable and file-backed pages (sysctl vm)")
+    source = "free, purgeable and file-backed pages, sysctl vm"
+    return Free(pages * _sysctl("hw.pagesize"), _sysctl("hw.memsize"), source)
 
 
 def free_gpu_memory() -> Free:

@@ -3,9 +3,10 @@
 Importing registers the quantization method "exl3" and the experts implementation "metal_marlin" (hf_experts.py). Owns
 the hooks that transformers' loader calls. What goes where is decided, and every shape, rate and name checked, before
 any weight is read (hf_plan.py); then the loader is handed packed weights as the modules hold them, views of the mapped
-files, and everything else as it lies in the files. Weights are never expanded to a dense copy. Routers that the fused op can stand in for use it (hf_routers.py says which; the others keep
-transformers' own routing). Runs on the CPU. Checked with transformers 5.8 to 5.23. Contract:
-transformers/quantizers/base.py, core_model_loading.py.
+files, and everything else as it lies in the files. Weights are never expanded to a dense copy (memory: hf_memory.py).
+Routers that the fused op can stand in for use it (hf_routers.py says which; the others keep transformers' own routing).
+Runs on the CPU. Checked with transformers 5.8 to 5.23. Contract: transformers/quantizers/base.py,
+core_model_loading.py.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from metal_marlin.hf_experts import experts_forward
 from metal_marlin.hf_memory import check_fit, current, install_cache, loading
 from metal_marlin.hf_plan import PROJECTIONS, Plan, apply_plan, check_load, make_plan
 from metal_marlin.hf_routers import fuse_routers
-from metal_marlin.mapping import Mapping
+from metal_marlin.mapping import MappedFiles
 from metal_marlin.mps import mps_problem
 from metal_marlin.packed import TrellisStack
 from metal_marlin.safetensors_header import read_header
@@ -159,7 +160,8 @@ class Exl3Quantizer(HfQuantizer):
             self.checkpoint = checkpoint
             self.cached = options.cache_bytes is not None
             if self.shares and options.populate:
-                self.readahead = threading.Thread(target=_read_ahead, args=(checkpoint.mapping, self._ranges()), daemon=True)
+                ranges = checkpoint.mapping, self._ranges()
+                self.readahead = threading.Thread(target=_read_ahead, args=ranges, daemon=True)
                 self.readahead.start()  # meanwhile, the loader goes through the names
         self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
@@ -170,9 +172,10 @@ class Exl3Quantizer(HfQuantizer):
         """What the loader is to load, in place of the files' tensors: packed weights by their names in the model."""
         checkpoint, state = self.checkpoint, dict[str, Any]()
         assert checkpoint is not None
-        unpacked = checkpoint.tensors.keys() - {n for g in checkpoint.groups.values() for n in g.names.values()}
+        placed = [*self.plan.linears.values(), *(g for e in self.plan.experts.values() for g in e.groups.values())]
+        packed = {name for group in placed for name in group.names.values()}
         for name in checkpoint.tensors:
-            if name in unpacked:
+            if name not in packed:
                 state[name] = checkpoint.tensor(name)
         for path, group in self.plan.linears.items():
             tensor = checkpoint.linear(group.prefix)
@@ -233,7 +236,7 @@ class Exl3Quantizer(HfQuantizer):
 class FileCheck:
     """A forward pre-hook: OSError instead of wrong results, or of the process's end, if a mapped file has changed."""
 
-    def __init__(self, mapping: Mapping) -> None:
+    def __init__(self, mapping: MappedFiles) -> None:
         self.mapping = mapping
 
     def __call__(self, module: Any, arguments: Any) -> None:
@@ -241,7 +244,7 @@ class FileCheck:
             self.mapping.check()
 
 
-def _read_ahead(mapping: Mapping, ranges: Sequence[tuple[int, int]]) -> None:
+def _read_ahead(mapping: MappedFiles, ranges: Sequence[tuple[int, int]]) -> None:
     """Errors are left to whoever needs the bytes: the loader, or the check after it."""
     with contextlib.suppress(OSError):
         for begin, end in ranges:

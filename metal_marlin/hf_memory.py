@@ -35,7 +35,8 @@ class Options:
     bytes_per_second: float = 0.0
 
 
-_options: ContextVar[Options] = ContextVar("metal_marlin_loading", default=Options())
+DEFAULTS = Options()
+_options: ContextVar[Options] = ContextVar("metal_marlin_loading", default=DEFAULTS)
 
 
 @contextlib.contextmanager
@@ -51,8 +52,9 @@ def loading(
     look_ahead: str = "router",
     bytes_per_second: float = 0.0,
 ) -> Iterator[None]:
-    """How from_pretrained loads EXL3 models inside of `with metal_marlin.hf.loading(...)`; transformers refuses arguments
-    of its own function that it doesn't know.
+    """How from_pretrained loads EXL3 models inside of `with metal_marlin.hf.loading(...)`.
+
+    transformers refuses arguments of from_pretrained that it doesn't know, so these are not its arguments.
 
     cache_bytes  keep so many bytes of the routed experts in memory, and read the others when they are needed; CPU only.
                  `model.metal_marlin_cache` is then a CachedWeightBuffers. None: all experts
@@ -79,7 +81,7 @@ def current() -> Options:
 
 
 def check_fit(checkpoint: Checkpoint, config: dict[str, Any], dtype: torch.dtype, gpu: bool) -> None:
-    """MemoryError with the numbers and the options if the model doesn't fit; ValueError if a cache is asked for on a GPU."""
+    """MemoryError with the numbers and the options if the model doesn't fit. ValueError: a cache on a GPU."""
     options = current()
     if options.cache_bytes is not None and gpu:
         raise ValueError("cache_bytes is set, and the model goes to a GPU; experts are cached on the CPU only")
@@ -93,7 +95,7 @@ def check_fit(checkpoint: Checkpoint, config: dict[str, Any], dtype: torch.dtype
 
 
 def install_cache(model: Any, plan: Plan, checkpoint: Checkpoint) -> CachedWeightBuffers:
-    """Puts the experts of a loaded model, still views of untouched files, behind a cache. ValueError: too small a budget."""
+    """Puts the experts of a loaded model, views of untouched files, behind a cache. ValueError: too small a budget."""
     options = current()
     config = model.config.get_text_config()
     top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
@@ -127,7 +129,8 @@ def router_of(model: nn.Module, path: str) -> Callable[[Tensor], Tensor] | None:
         """int [tokens, top_k]; nothing where the router can't be asked like this."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         answer = gate(flat)
-        found = [part for part in answer if part.dtype in (torch.int64, torch.int32)] if isinstance(answer, tuple) else []
+        parts = answer if isinstance(answer, tuple) else ()
+        found = [part for part in parts if part.dtype in (torch.int64, torch.int32)]
         return found[-1] if found else flat.new_empty((len(flat), 0), dtype=torch.int64)
 
     return guess

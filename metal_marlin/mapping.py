@@ -33,7 +33,7 @@ DTYPES = {
 }  # fmt: skip
 
 
-class Mapping:
+class MappedFiles:
     """Files, mapped from now on for as long as a tensor of theirs exists. OSError: one can't be opened or mapped."""
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -75,8 +75,8 @@ class Mapping:
         """Reads bytes `begin` to `end` of the mapping now, in order, rather than page by page at their first use."""
         _C.map_populate(self._map, begin, (self.nbytes if end is None else end) - begin)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Mapping:
+    def __deepcopy__(self, memo: dict[int, Any]) -> MappedFiles:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Mapping, ((),)  # tensors that are unpickled are nobody's view
+        return MappedFiles, ((),)  # tensors that are unpickled are nobody's view

@@ -53,8 +53,9 @@ class TrellisStack(Packed):
     codebooks  codebook of every expert
     layout     (offset of every expert, elements of the trellis); default: back to back
 
-    A stack of a checkpoint's experts is a view of the mapped file, from the first expert's tiles to the last one's, with
-    whatever lies between. It becomes a copy, back to back, when it moves to another device, is copied, or is loaded into.
+    A stack of a checkpoint's experts is a view of the mapped file, from the first expert's tiles to the last one's,
+    with whatever lies between. It becomes a copy, back to back, when it moves to another device, is copied, or is
+    loaded into.
     ValueError: a codebook, rate or size that the format doesn't have, or more experts than the ops take.
     """
 
@@ -93,7 +94,7 @@ class TrellisStack(Packed):
 
     @classmethod
     def from_experts(cls, experts: Sequence[TrellisTensor]) -> TrellisStack:
-        """One stack of the experts: tiles are shared if all are mapped from one checkpoint, else copied; scales are copied.
+        """One stack of the experts: tiles are shared if all are mapped from one checkpoint, else copied, as scales are.
 
         ValueError if an expert is malformed or differs in size or in having a bias.
         """

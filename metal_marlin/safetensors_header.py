@@ -28,7 +28,7 @@ BITS = {dtype: bits for bits, dtypes in DTYPES_BY_BITS.items() for dtype in dtyp
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as its file's header describes it; `dtype` in safetensors' spelling, such as BF16; `begin` in bytes."""
+    """One tensor as its file's header says; `dtype` in safetensors' spelling, such as BF16; `begin`: its first byte."""
 
     file: Path
     dtype: str

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from metal_marlin import _C
-from metal_marlin.mapping import Mapping
+from metal_marlin.mapping import MappedFiles
 
 UNMARKED = "3inst"  # the codebook of a matrix that is stored without a marker tensor
 MARKERS = tuple(name for name in _C.CODEBOOKS if name != UNMARKED)  # the marker is named after its codebook
@@ -75,7 +75,7 @@ class TrellisTensor:
     codebook: str
     bias: torch.Tensor | None = None
     name: str = "trellis tensor"
-    place: tuple[Mapping, int] | None = None
+    place: tuple[MappedFiles, int] | None = None
 
     @property
     def rate2(self) -> int:

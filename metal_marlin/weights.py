@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from metal_marlin import _C
-from metal_marlin.mapping import Mapping
+from metal_marlin.mapping import MappedFiles
 from metal_marlin.safetensors_header import TensorInfo, parse_json, read_header
 from metal_marlin.trellis import (
     LEGACY,
@@ -91,13 +91,11 @@ class Checkpoint:
     .tensors {name: TensorInfo}, .groups {prefix: TrellisGroup}, .config (a dict), .nbytes, .files
     """
 
-    def __init__(
-        self, directory: str | Path, files: Iterable[str | Path] | None = None, *, copy: bool = False
-    ) -> None:
+    def __init__(self, directory: str | Path, files: Iterable[str | Path] | None = None, *, copy: bool = False) -> None:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise FileNotFoundError(f"{self.directory} is not a directory")
-        self._mapping: Mapping | None = None
+        self._mapping: MappedFiles | None = None
         self.copy = copy
         self.config = self._read_config()
         listed: dict[str, Path] = {}
@@ -159,10 +157,10 @@ class Checkpoint:
         return loaded.clone() if self.copy else loaded
 
     @property
-    def mapping(self) -> Mapping:
+    def mapping(self) -> MappedFiles:
         """The files in memory. OSError if one has changed since its header was read."""
         if self._mapping is None:
-            mapping = Mapping(self.files)
+            mapping = MappedFiles(self.files)
             for file in self.files:
                 if file.stat().st_size != self._sizes[file]:
                     raise OSError(f"{file} has {file.stat().st_size} bytes; it had {self._sizes[file]} a moment ago")

@@ -343,8 +343,9 @@ def test_a_taken_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_registering_again_is_harmless() -> None:
     hf._register()
     wrapped = PreTrainedModel._load_pretrained_model
-    hf._refuse_unlabelled()
-    assert PreTrainedModel._load_pretrained_model is wrapped
+    hf._wrap_loading()
+    again = PreTrainedModel._load_pretrained_model
+    assert again.metal_marlin_wraps is wrapped.metal_marlin_wraps
     assert auto.AUTO_QUANTIZER_MAPPING["exl3"] is hf.Exl3Quantizer
 
 

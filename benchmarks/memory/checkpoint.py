@@ -1,4 +1,4 @@
-"""A checkpoint of about a given size, of random bits, laid out as exllamav3 lays out its own: written, never held in memory."""
+"""A checkpoint of about a given size, of random bits, laid out as exllamav3 does: written, never held in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 from metal_marlin.trellis import marker_value
 
-HIDDEN, WIDTH, EXPERTS, HEADS, VOCABULARY = 2048, 768, 128, 32, 4096  # the sizes of Qwen3-30B-A3B, but for the vocabulary
+# The sizes of Qwen3-30B-A3B, but for the vocabulary.
+HIDDEN, WIDTH, EXPERTS, HEADS, VOCABULARY = 2048, 768, 128, 32, 4096
 BYTES = {"F16": 2, "I16": 2, "BF16": 2, "I32": 4}
 Entry = tuple[str, str, tuple[int, ...]]
 

@@ -35,24 +35,35 @@ def items_of(trace: Trace, experts: int) -> list[list[int]]:
 
 
 def replay(
-    trace: Trace, experts: int, slots: int, *, half_life: float | None = None, ahead: Trace | None = None, protect: int = 4
+    trace: Trace,
+    experts: int,
+    slots: int,
+    *,
+    half_life: float | None = None,
+    ahead: Trace | None = None,
+    protect: int = 4,
 ) -> Outcome:
-    """Least recently used if half_life is None, else ours. `ahead` [tokens, layers, n]: what is read before each step; -1: none."""
+    """Least recently used if half_life is None, else ours; `ahead` [tokens, layers, n]: read before a step, -1: none."""
     steps = items_of(trace, experts)
-    wanted = [[] for _ in steps] if ahead is None else [[i for i in step if i >= 0] for step in _shift(ahead, experts)]
+    wanted: list[list[int]] = [[] for _ in steps]
+    if ahead is not None:
+        wanted = [[i for i in step if i >= 0] for step in _shift(ahead, experts)]
     worth: dict[int, float] = {}
     last: dict[int, int] = {}
     fresh: dict[int, int] = {}  # read ahead at this step and not used since
     here: set[int] = set()
     hits = reads = uses = tick = 0
 
+    def protected(item: int, now: int) -> bool:
+        return item in fresh and now - fresh[item] <= protect
+
     def victim(kept: set[int], now: int) -> int | None:
         free = [i for i in here if i not in kept]
         if not free:
             return None
         if half_life is None:
-            return min(free, key=lambda i: (i in fresh and now - fresh[i] <= protect, last.get(i, -1)))
-        return min(free, key=lambda i: (i in fresh and now - fresh[i] <= protect, worth.get(i, -math.inf), last.get(i, -1)))
+            return min(free, key=lambda i: (protected(i, now), last.get(i, -1)))
+        return min(free, key=lambda i: (protected(i, now), worth.get(i, -math.inf), last.get(i, -1)))
 
     for now, (step, guess) in enumerate(zip(steps, wanted, strict=True)):
         for item in guess:
@@ -131,8 +142,8 @@ def accuracy(ahead: Trace, trace: Trace) -> float:
 def random_trace(
     tokens: int, layers: int, experts: int, top_k: int, *, skew: float = 0.6, sticky: float = 0.4, seed: int = 0
 ) -> Trace:
-    """Routing of a larger model, made up: each layer has favourites (Zipf with exponent `skew`, in an order of its own),
-    and each slot keeps its expert from token to token with probability `sticky`."""
+    """Routing of a larger model, made up: each layer has favourites (Zipf with exponent `skew`, in its own order), and
+    each slot keeps its expert from token to token with probability `sticky`."""
     rng = np.random.default_rng(seed)
     odds = np.arange(1, experts + 1) ** -skew
     odds = np.stack([rng.permutation(odds / odds.sum()) for _ in range(layers)])
