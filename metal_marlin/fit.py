@@ -243,10 +243,12 @@ def options(need: Need, free: Free, *, gpu: bool, machine: int) -> list[str]:
     if need.experts and not gpu and room >= need.least_cache:
         found.append(
             f"keep {room / GB:.2f} GB of experts in memory and read the others when they are needed:"
-            f" metal_marlin.hf.loading(cache_bytes={room})"
+            f" --cache-gb {int(room / 1e7) / 100:g}, or metal_marlin.hf.loading(cache_bytes={room})"
         )
     found.append("fewer bits: the same model quantized to a lower rate")
-    found.append("load it all the same: metal_marlin.hf.loading(check=False); expect it to be slow, or to be ended")
+    found.append(
+        "load it all the same: --no-check, or metal_marlin.hf.loading(check=False); it may be slow, or be ended"
+    )
     return found
 
 

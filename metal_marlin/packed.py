@@ -173,15 +173,23 @@ class TrellisStack(Packed):
         super()._apply(fn, recurse)
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TrellisStack:
+    def _owned(self) -> TrellisStack:
+        """Self, or a copy that owns its tiles and shares the rest."""
         if not self.shared:
-            return super().__deepcopy__(memo)  # type: ignore[return-value]
-        own = copy.copy(self)
-        own._buffers = dict(self._buffers)
+            return self
+        own = TrellisStack.__new__(TrellisStack)
+        own.__dict__.update(self.__dict__, _buffers=dict(self._buffers))
         own._own()
-        new: TrellisStack = copy.deepcopy(own, memo)
+        return own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrellisStack:
+        own = self._owned()
+        new: TrellisStack = super().__deepcopy__(memo) if own is self else copy.deepcopy(own, memo)  # type: ignore[assignment]
         memo[id(self)] = new
         return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._owned().__dict__
 
     def expert(self, e: int) -> TrellisTensor:
         """The weights of one expert, sharing storage."""

@@ -43,7 +43,7 @@ def replay(
     ahead: Trace | None = None,
     protect: int = 4,
 ) -> Outcome:
-    """Least recently used if half_life is None, else ours; `ahead` [tokens, layers, n]: read before a step, -1: none."""
+    """Least recently used if half_life is None, else ours; `ahead` [tokens, layers, n]: read before it, -1: none."""
     steps = items_of(trace, experts)
     wanted: list[list[int]] = [[] for _ in steps]
     if ahead is not None:

@@ -182,7 +182,7 @@ static void *read_items(void *context) {
         }
         struct slot *slot = &cache->slots[s];
         const struct item *item = &cache->items[slot->item];
-        struct mm_memory_problem problem;
+        struct mm_memory_problem problem = {.timeout = false};
         int64_t bytes, started = now_ns();
         slot->state = READING;
         pthread_mutex_unlock(&cache->lock);
