@@ -2,7 +2,7 @@
 
 Importing registers the quantization method "exl3" and the experts implementation "metal_marlin" (hf_experts.py). Owns
 the hooks that transformers' loader calls. What goes where is decided, and every shape, rate and name checked, before
-any weight is read (hf_plan.py); then the loader is handed packed weights as the modules hold them, views of the mapped
+any weight is used (hf_plan.py); then the loader is handed packed weights as the modules hold them, views of the mapped
 files, and everything else as it lies in the files. Weights are never expanded to a dense copy (memory: hf_memory.py).
 Routers that the fused op can stand in for use it (hf_routers.py says which; the others keep transformers' own routing).
 Runs on the CPU. Checked with transformers 5.8 to 5.23. Contract: transformers/quantizers/base.py,
@@ -89,7 +89,7 @@ class Exl3Quantizer(HfQuantizer):
         self.plan = Plan()
         self.checkpoint: Checkpoint | None = None
         self.shares, self.cached = True, False
-        self.readahead: threading.Thread | None = None
+        self.readahead: ReadAhead | None = None
         self.dtypes: dict[str, torch.dtype] = {}
         if not self.pre_quantized:
             raise ValueError(
@@ -152,17 +152,21 @@ class Exl3Quantizer(HfQuantizer):
             gpu = any(place is not None and torch.device(place).type != "cpu" for place in places)
             self.shares = not gpu and not options.copy
             check_fit(checkpoint, model.config.to_dict(), model.dtype, gpu)
-            self.plan = make_plan(model, checkpoint, get_model_conversion_mapping(model))
-            with torch.device("meta"):
-                apply_plan(model, self.plan, checkpoint if self.shares else None)
-            fuse_routers(model)
-            check_load(model, checkpoint, self.plan, get_model_conversion_mapping(model))
-            self.checkpoint = checkpoint
-            self.cached = options.cache_bytes is not None
-            if self.shares and options.populate:
-                ranges = checkpoint.mapping, self._ranges()
-                self.readahead = threading.Thread(target=_read_ahead, args=ranges, daemon=True)
-                self.readahead.start()  # meanwhile, the loader goes through the names
+            self.checkpoint, self.cached = checkpoint, options.cache_bytes is not None
+            if self.shares and options.populate and not self.cached:
+                self.readahead = ReadAhead(checkpoint.mapping, [(0, checkpoint.mapping.nbytes)])
+            try:
+                self.plan = make_plan(model, checkpoint, get_model_conversion_mapping(model))
+                with torch.device("meta"):
+                    apply_plan(model, self.plan, checkpoint if self.shares else None)
+                fuse_routers(model)
+                check_load(model, checkpoint, self.plan, get_model_conversion_mapping(model))
+            except BaseException:
+                if self.readahead is not None:
+                    self.readahead.stop()
+                raise
+            if self.shares and options.populate and self.cached:
+                self.readahead = ReadAhead(checkpoint.mapping, self._uncached())
         self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -182,10 +186,12 @@ class Exl3Quantizer(HfQuantizer):
             parts = {"trellis": tensor.trellis, "suh": tensor.suh, "svh": tensor.svh, "bias": tensor.bias}
             parts |= {marker: checkpoint.tensor(group.names[marker]) for marker in MARKERS if marker in group.names}
             state |= {f"{path}.{part}": value for part, value in parts.items() if value is not None}
+        # A few stacks at a time: what goes to a GPU should not pile up here. The loader takes a stack's parts in turn.
+        stack_of = functools.lru_cache(4)(functools.partial(_stack, checkpoint, self.shares))
         for path, layer in self.plan.experts.items():
             for projection in PROJECTIONS:
-                prefixes = [group.prefix for group in layer.projection(projection)]
-                stack = functools.lru_cache(1)(functools.partial(_stack, checkpoint, prefixes, self.shares))
+                prefixes = tuple(group.prefix for group in layer.projection(projection))
+                stack = functools.partial(stack_of, prefixes)
                 for part in ("trellis", "table", "suh", "svh", *(["bias"] if layer.shape.bias else [])):
                     make = functools.partial(_buffer, stack, part)
                     state[f"{path}.{projection}.{part}"] = make() if self.shares else Later(make, part[0] in "sb")
@@ -201,18 +207,16 @@ class Exl3Quantizer(HfQuantizer):
             if self.cached:
                 model.metal_marlin_cache = install_cache(model, self.plan, self.checkpoint)
             if self.readahead is not None:
-                self.readahead.join()
+                self.readahead.wait()
                 mapping.check()
             model.register_forward_pre_hook(FileCheck(mapping))
         self.checkpoint = self.readahead = None
         return model
 
-    def _ranges(self) -> list[tuple[int, int]]:
-        """What to read of the mapping, in bytes from its beginning: all of it, but for experts that go to a cache."""
+    def _uncached(self) -> list[tuple[int, int]]:
+        """Where in the mapping all lies that doesn't go to a cache, in bytes from its beginning."""
         checkpoint = self.checkpoint
         assert checkpoint is not None
-        if not self.cached:
-            return [(0, checkpoint.mapping.nbytes)]
         cached = {group.names["trellis"] for layer in self.plan.experts.values() for group in layer.groups.values()}
         infos = [info for name, info in checkpoint.tensors.items() if name not in cached and info.nbytes]
         return [(checkpoint.mapping.place(info), checkpoint.mapping.place(info) + info.nbytes) for info in infos]
@@ -244,14 +248,37 @@ class FileCheck:
             self.mapping.check()
 
 
-def _read_ahead(mapping: MappedFiles, ranges: Sequence[tuple[int, int]]) -> None:
-    """Errors are left to whoever needs the bytes: the loader, or the check after it."""
-    with contextlib.suppress(OSError):
-        for begin, end in ranges:
-            mapping.populate(begin, end)
+class ReadAhead:
+    """A thread that reads ranges of a mapping into memory, while checks and the loader go through names.
+
+    Errors are left to whoever needs the bytes: the loader, or the check after it.
+    """
+
+    STEP = 256 << 20
+
+    def __init__(self, mapping: MappedFiles, ranges: Sequence[tuple[int, int]]) -> None:
+        self._mapping, self._ranges, self._stopped = mapping, ranges, threading.Event()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No more than a step is read from now on."""
+        self._stopped.set()
+
+    def wait(self) -> None:
+        """Until all is read."""
+        self._thread.join()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):
+            for begin, end in self._ranges:
+                for at in range(begin, end, self.STEP):
+                    if self._stopped.is_set():
+                        return
+                    self._mapping.populate(at, min(at + self.STEP, end))
 
 
-def _stack(checkpoint: Checkpoint, prefixes: Sequence[str], shares: bool) -> TrellisStack:
+def _stack(checkpoint: Checkpoint, shares: bool, prefixes: tuple[str, ...]) -> TrellisStack:
     """The stack of the matrices with these names; back to back if it isn't to stay where it is."""
     experts = [checkpoint.linear(prefix) for prefix in prefixes]
     return TrellisStack.from_experts(experts if shares else [replace(expert, place=None) for expert in experts])
