@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from metal_marlin import _C, ops
@@ -194,19 +196,38 @@ class CachedStack(Packed):
         self.register_buffer("svh", stack.svh)
         self.register_buffer("bias", stack.bias)
         self.cache, self.places = cache, tuple(places)
-        self._rows = stack.make_table("cpu").numpy()
-        self._rows[:, 0] = 0
+        rows = stack.make_table("cpu").numpy()
+        rows[:, 0] = 0
+        self._tables = _Tables(rows)
 
     def bound(self, experts: Sequence[int], slots: Sequence[int]) -> _Bound:
         """The stack as the op takes it, for a call that uses these experts in these slots."""
-        rows = self._rows.copy()  # another thread may be within a call
+        table, rows = self._tables.own()
         size = self.cache.slot_bytes // 2
         for e, slot in zip(experts, slots, strict=True):
             rows[e, 0] = slot * size + self.places[e]
-        return _Bound(self.cache.tiles, torch.from_numpy(rows), self.suh, self.svh, self.bias, self.formats)
+        return _Bound(self.cache.tiles, table, self.suh, self.svh, self.bias, self.formats)
 
 
-@dataclass(frozen=True)
+class _Tables:
+    """A table for each thread, since two may be within a call at once, and the numbers in it."""
+
+    def __init__(self, rows: NDArray[np.int64]) -> None:
+        self._rows, self._local = rows, threading.local()
+
+    def own(self) -> tuple[Tensor, NDArray[np.int64]]:
+        """The calling thread's."""
+        found: tuple[Tensor, NDArray[np.int64]] | None = getattr(self._local, "found", None)
+        if found is None:
+            rows = self._rows.copy()
+            found = self._local.found = torch.from_numpy(rows), rows
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Tables:
+        return _Tables(self._rows)
+
+
+@dataclass
 class _Bound:
     """A Stack (ops.py)."""
 
@@ -254,11 +275,11 @@ class CachedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
             raise NotImplementedError("experts in a cache have no gradient; to train, load without cache_bytes")
-        needed = torch.unique(top_k_index).tolist()
+        few = top_k_index.numel() <= AHEAD_TOKENS * top_k_index.shape[-1]
+        needed = sorted(set(top_k_index.reshape(-1).tolist())) if few else torch.unique(top_k_index).tolist()
         if needed and not 0 <= needed[0] <= needed[-1] < self.num_experts:
             raise ValueError(f"top_k_index has {needed[0]} to {needed[-1]}; expected 0 to {self.num_experts - 1}")
         room = self.cache.slots
-        few = top_k_index.numel() <= AHEAD_TOKENS * top_k_index.shape[-1]
         if len(needed) <= room:
             with self.cache.use(self.layer, needed) as slots:
                 if few:
