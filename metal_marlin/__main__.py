@@ -1,4 +1,4 @@
-"""The command line: python -m metal_marlin {info, inspect, fit, generate, perplexity, demo, selftest}.
+"""The command line: python -m metal_marlin {info, inspect, fit, repack, generate, perplexity, demo, selftest}.
 
 Owns the arguments and what an error looks like: a mistake of the user's is one line on stderr and exit status 2,
 anything else that fails one line and status 1, and --debug shows the traceback of either.
@@ -58,6 +58,12 @@ def parser() -> argparse.ArgumentParser:
     fit = commands.add_parser("fit", parents=[common, machine, model], help="whether a model fits into memory here")
     fit.add_argument("--context", type=int, metavar="N", help="tokens in all (default: 4096, or the model's most)")
 
+    repack = commands.add_parser(
+        "repack", parents=[common], help="write a checkpoint anew with tiles at cache lines: runs faster when mapped"
+    )
+    repack.add_argument("directory", metavar="DIR", help="a folder with safetensors")
+    repack.add_argument("out", metavar="OUT", help="a new folder, which gets everything but pickles and subfolders")
+
     generate = commands.add_parser("generate", parents=[common, model, memory], help="continue a text")
     generate.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
     generate.add_argument(
@@ -110,6 +116,8 @@ def run(arguments: argparse.Namespace) -> int:
         from metal_marlin import cli_inspect as command  # type: ignore[no-redef]
     elif arguments.command == "fit":
         from metal_marlin import cli_fit as command  # type: ignore[no-redef]
+    elif arguments.command == "repack":
+        from metal_marlin import cli_repack as command  # type: ignore[no-redef]
     elif arguments.command == "demo":
         from metal_marlin import cli_demo as command  # type: ignore[no-redef]
     elif arguments.command == "selftest":
