@@ -29,18 +29,16 @@ static PyObject *tuple_of(const char *const *names, int count) {
     return tuple;
 }
 
-static PyObject *level_names(bool exact_only) {
+static PyObject *level_names(void) {
     const char *names[MM_MAX_CPU_LEVELS];
-    int count = 0;
-    for (int i = 0; i < level_count; i++)
-        if (levels[i]->exact || !exact_only) names[count++] = levels[i]->name;
-    return tuple_of(names, count);
+    for (int i = 0; i < level_count; i++) names[i] = levels[i]->name;
+    return tuple_of(names, level_count);
 }
 
 static bool choose_level(const char *name, const char *source) {
     for (int i = 0; i < level_count; i++)
         if (!strcmp(levels[i]->name, name)) return use_level(levels[i]), true;
-    PyObject *names = level_names(false);
+    PyObject *names = level_names();
     if (names) PyErr_Format(PyExc_ValueError, "%s is '%s'; this machine runs %S", source, name, names);
     Py_XDECREF(names);
     return false;
@@ -53,12 +51,18 @@ static PyObject *cpu_level(PyObject *self, PyObject *unused) {
 
 static PyObject *cpu_levels(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
-    return level_names(false);
+    return level_names();
 }
 
-static PyObject *exact_cpu_levels(PyObject *self, PyObject *unused) {
+static PyObject *cpu_input_limits(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
-    return level_names(true);
+    PyObject *limits = PyDict_New();
+    for (int i = 0; limits && i < level_count; i++) {
+        PyObject *limit = PyLong_FromLong(levels[i]->input_limit);
+        if (!limit || PyDict_SetItemString(limits, levels[i]->name, limit)) Py_CLEAR(limits);
+        Py_XDECREF(limit);
+    }
+    return limits;
 }
 
 static PyObject *set_cpu_level(PyObject *self, PyObject *name) {
@@ -131,10 +135,10 @@ static PyMethodDef methods[] = {
      "use_mps_emulator(path | None): for tests. CPU tensors go to the MPS backend, whose shim is the library at `path`; None "
      "ends that. Kernels run asynchronously: synchronize the emulator before reading results."},
     {"cpu_level", cpu_level, METH_NOARGS, "cpu_level() -> str: the SIMD level in use."},
-    {"cpu_levels", cpu_levels, METH_NOARGS, "cpu_levels() -> tuple[str, ...]: what this machine runs, slowest first."},
-    {"exact_cpu_levels", exact_cpu_levels, METH_NOARGS,
-     "exact_cpu_levels() -> tuple[str, ...]: those of them that multiply with the format's weights to the bit, and float32 "
-     "inputs; the others leave out mul1's rounding to binary16 and round inputs to 16 bits."},
+    {"cpu_levels", cpu_levels, METH_NOARGS, "cpu_levels() -> tuple[str, ...]: what this machine runs, the default last."},
+    {"cpu_input_limits", cpu_input_limits, METH_NOARGS,
+     "cpu_input_limits() -> dict[str, int]: of each level, 0 if it multiplies with the format's weights to the bit and float32 "
+     "inputs; else it leaves out mul1's rounding to binary16 and rounds inputs to integers of at most this in a block of 128."},
     {"set_cpu_level", set_cpu_level, METH_O,
      "set_cpu_level(name): switch the SIMD level for calls that start from now on. ValueError for one that this "
      "machine does not run."},
@@ -255,6 +259,7 @@ static int execute(PyObject *module) {
     return add_lists(module) && !PyModule_AddFunctions(module, mm_memory_methods) && mm_metal_add_types(module, PyModule_GetState(module)) &&
                    !PyModule_AddIntConstant(module, "MAX_EXPERTS", MM_MAX_EXPERTS) &&
                    !PyModule_AddIntConstant(module, "MAX_TOP_K", MM_MAX_TOP_K) &&
+                   !PyModule_AddIntConstant(module, "NO_EXPERT", MM_NO_EXPERT) &&
                    !PyModule_AddIntConstant(module, "HADAMARD", MM_HADAMARD) &&
                    !PyModule_AddIntConstant(module, "TILE", MM_TILE)
                ? 0

@@ -104,8 +104,8 @@ kernel void moe_down_decode(device const float* act [[buffer(DOWN_ACT)]], device
   float4 total = 0.0f;  // of token `simd`
   uint zero = uint(ulong(tokens) >> 63);
   for (uint pair = 0; pair < pairs; pair++) {
-    if (!in_range(ids[pair], uint(experts))) {  // nothing to multiply by: the token's result is no number
-      if (pair / top == simd) total = NAN;
+    if (!in_range(ids[pair], uint(experts))) {  // nothing to multiply by: unless on purpose, the token's result is no number
+      if (ids[pair] != MM_NO_EXPERT && pair / top == simd) total = NAN;
       continue;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);

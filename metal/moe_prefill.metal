@@ -153,7 +153,8 @@ kernel void moe_down_prefill(device const float* act [[buffer(DOWN_ACT)]], devic
   }
 }
 
-// y [tokens, hidden] = the sum of a token's parts, slot by slot. A slot without an expert makes it NaN: nothing to multiply by.
+// y [tokens, hidden] = the sum of a token's parts, slot by slot. A slot of MM_NO_EXPERT adds nothing; any other id that is out of
+// range makes it NaN: nothing to multiply by.
 kernel void moe_combine(device const float* parts [[buffer(COMBINE_PARTS)]], device MM_T* all_y [[buffer(COMBINE_Y)]],
                         device const MM_ID* all_ids [[buffer(COMBINE_IDS)]], INT(top_k, COMBINE_TOP_K),
                         INT(hidden, COMBINE_HIDDEN), INT(experts, COMBINE_EXPERTS), INT(first, COMBINE_FIRST),
@@ -162,8 +163,8 @@ kernel void moe_combine(device const float* parts [[buffer(COMBINE_PARTS)]], dev
   float sum = 0.0f;
   for (uint slot = 0; slot < top; slot++) {
     uint pair = token * top + slot;
-    bool valid = in_range(all_ids[ulong(first) * top + pair], uint(experts));
-    sum += valid ? parts[ulong(pair) * h + column] : NAN;
+    MM_ID id = all_ids[ulong(first) * top + pair];
+    if (id != MM_NO_EXPERT) sum += in_range(id, uint(experts)) ? parts[ulong(pair) * h + column] : NAN;
   }
   all_y[(ulong(first) + token) * h + column] = MM_T(sum);
 }

@@ -40,14 +40,16 @@ from metal_marlin.hf_experts import experts_forward
 from metal_marlin.hf_memory import check_fit, current, install_cache, loading
 from metal_marlin.hf_plan import PROJECTIONS, Plan, apply_plan, check_load, make_plan
 from metal_marlin.hf_routers import fuse_routers
+from metal_marlin.hf_sharding import expert_group, set_plan, shard_experts
 from metal_marlin.mapping import MappedFiles
 from metal_marlin.mps import mps_problem
 from metal_marlin.packed import TrellisStack
 from metal_marlin.safetensors_header import read_header
+from metal_marlin.sharding import ExpertGroup
 from metal_marlin.trellis import MARKERS
 from metal_marlin.weights import Checkpoint
 
-__all__ = ["Exl3Config", "Exl3Quantizer", "loading"]
+__all__ = ["EXPERTS_IMPLEMENTATION", "METHOD", "Exl3Config", "Exl3Quantizer", "loading", "shard_experts"]
 
 METHOD = "exl3"
 EXPERTS_IMPLEMENTATION = "metal_marlin"
@@ -87,6 +89,7 @@ class Exl3Quantizer(HfQuantizer):
     def __init__(self, quantization_config: Exl3Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.plan = Plan()
+        self.group: ExpertGroup | None = None
         self.checkpoint: Checkpoint | None = None
         self.shares, self.cached = True, False
         self.readahead: ReadAhead | None = None
@@ -143,20 +146,21 @@ class Exl3Quantizer(HfQuantizer):
             raise ValueError(
                 f"{type(model).__name__} is code from a checkpoint; expected a model class of transformers"
             )
-        if getattr(model.config, "distributed_config", None) is not None:
-            raise NotImplementedError("distributed_config is set; EXL3 models aren't split over devices yet")
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         options = current()
+        self.group = expert_group(model.config)
         with torch.device("cpu"):
             checkpoint = _checkpoint(model.config, checkpoint_files, options.copy)
             gpu = any(place is not None and torch.device(place).type != "cpu" for place in places)
             self.shares = not gpu and not options.copy
-            check_fit(checkpoint, model.config.to_dict(), model.dtype, gpu)
+            check_fit(checkpoint, model.config.to_dict(), model.dtype, gpu, self.group.size if self.group else 1)
             self.checkpoint, self.cached = checkpoint, options.cache_bytes is not None
-            if self.shares and options.populate and not self.cached:
+            reads, whole = self.shares and options.populate, self.group is None and not self.cached
+            if reads and whole:
                 self.readahead = ReadAhead(checkpoint.mapping, [(0, checkpoint.mapping.nbytes)])
             try:
                 self.plan = make_plan(model, checkpoint, get_model_conversion_mapping(model))
+                foreign = self._share(model, checkpoint)
                 with torch.device("meta"):
                     apply_plan(model, self.plan, checkpoint if self.shares else None)
                 fuse_routers(model)
@@ -165,9 +169,33 @@ class Exl3Quantizer(HfQuantizer):
                 if self.readahead is not None:
                     self.readahead.stop()
                 raise
-            if self.shares and options.populate and self.cached:
-                self.readahead = ReadAhead(checkpoint.mapping, self._uncached())
+            if reads and not whole:
+                self.readahead = ReadAhead(checkpoint.mapping, self._wanted(foreign))
         self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+
+    def _share(self, model: Any, checkpoint: Checkpoint) -> set[str]:
+        """Gives every rank its part of each layer's experts. Returns the names of the tensors that others load."""
+        if self.group is None:
+            return set()
+        if self.cached:
+            raise NotImplementedError(
+                "cache_bytes is set and the experts are spread over processes; expected one of them"
+            )
+        counts = {layer.shape.experts for layer in self.plan.experts.values()}
+        if not counts:
+            raise ValueError(f"{type(model).__name__} has no quantized experts; expected some to spread over the ranks")
+        if len(counts) != 1:
+            raise NotImplementedError(
+                f"distributed_config: the layers have {sorted(counts)} quantized experts; expected one number"
+            )
+        self.group.identify(checkpoint)
+        foreign: set[str] = set()
+        for layer in self.plan.experts.values():
+            layer.group = self.group
+            foreign |= layer.foreign()
+        if getattr(model.config, "distributed_config", None) is not None:
+            set_plan(model, self.plan.experts)
+        return foreign
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return False
@@ -211,14 +239,18 @@ class Exl3Quantizer(HfQuantizer):
                 mapping.check()
             model.register_forward_pre_hook(FileCheck(mapping))
         self.checkpoint = self.readahead = None
+        if self.group:
+            self.group.start()
         return model
 
-    def _uncached(self) -> list[tuple[int, int]]:
-        """Where in the mapping all lies that doesn't go to a cache, in bytes from its beginning."""
+    def _wanted(self, foreign: set[str]) -> list[tuple[int, int]]:
+        """Where in the mapping lies what stays in memory here, in bytes from its beginning: not what others load, and
+        no experts that go to a cache."""
         checkpoint = self.checkpoint
         assert checkpoint is not None
-        cached = {group.names["trellis"] for layer in self.plan.experts.values() for group in layer.groups.values()}
-        infos = [info for name, info in checkpoint.tensors.items() if name not in cached and info.nbytes]
+        experts = [group for layer in self.plan.experts.values() for group in layer.groups.values()]
+        left = foreign | ({group.names["trellis"] for group in experts} if self.cached else set())
+        infos = [info for name, info in checkpoint.tensors.items() if name not in left and info.nbytes]
         return [(checkpoint.mapping.place(info), checkpoint.mapping.place(info) + info.nbytes) for info in infos]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

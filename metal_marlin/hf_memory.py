@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,7 +80,9 @@ def current() -> Options:
     return _options.get()
 
 
-def check_fit(checkpoint: Checkpoint, config: dict[str, Any], dtype: torch.dtype, gpu: bool) -> None:
+def check_fit(
+    checkpoint: Checkpoint, config: dict[str, Any], dtype: torch.dtype, gpu: bool, processes: int = 1
+) -> None:
     """MemoryError with the numbers and the options if the model doesn't fit. ValueError: a cache on a GPU."""
     options = current()
     if options.cache_bytes is not None and gpu:
@@ -88,6 +90,7 @@ def check_fit(checkpoint: Checkpoint, config: dict[str, Any], dtype: torch.dtype
     if not options.check:
         return
     need = fit.need_of(checkpoint, config, options.context, dtype)
+    need = replace(need, experts=-(-need.experts // processes))  # this process's part, if they are spread
     free = fit.free_gpu_memory() if gpu else fit.free_memory()
     problem = fit.refusal(checkpoint.directory, need, free, options.cache_bytes, gpu=gpu)
     if problem:

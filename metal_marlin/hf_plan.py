@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from metal_marlin.hf_activation import Activation, find_activation
 from metal_marlin.modules import TrellisExperts, TrellisLinear, TrellisStack
 from metal_marlin.packed import layout_of
+from metal_marlin.sharding import ExpertGroup, ShardedExperts, expert_range
 from metal_marlin.trellis import LEGACY, SCALES, pad128
 from metal_marlin.weights import Checkpoint, TrellisGroup, raise_problems
 
@@ -47,11 +48,23 @@ class ExpertsPlan:
     shape: ExpertsShape
     names: tuple[str, str, str] = PROJECTIONS
     groups: dict[tuple[int, str], TrellisGroup] = field(default_factory=dict)
+    group: ExpertGroup | None = None
+
+    @property
+    def own(self) -> range:
+        """The experts that this process loads."""
+        everyone = self.shape.experts
+        return expert_range(everyone, self.group.size, self.group.rank) if self.group else range(everyone)
 
     def projection(self, projection: str) -> list[TrellisGroup]:
-        """The matrices of one of PROJECTIONS, by expert."""
+        """The matrices of one of PROJECTIONS, by expert, of those that this process loads."""
         name = self.names[PROJECTIONS.index(projection)]
-        return [self.groups[e, name] for e in range(self.shape.experts)]
+        return [self.groups[e, name] for e in self.own]
+
+    def foreign(self) -> set[str]:
+        """Names of the tensors that other processes load."""
+        own = self.own
+        return {name for (e, _), group in self.groups.items() if e not in own for name in group.names.values()}
 
 
 @dataclass
@@ -118,7 +131,12 @@ def apply_plan(model: Any, plan: Plan, shared: Checkpoint | None = None) -> None
     for path, layer in plan.experts.items():
         shape, act = layer.shape, layer.shape.activation
         gate, up, down = (_empty_stack(layer.projection(projection), shape.bias, shared) for projection in PROJECTIONS)
-        new = TrellisExperts(gate, up, down, shape.hidden, shape.intermediate, **asdict(act))
+        sizes, options = (shape.hidden, shape.intermediate), asdict(act)
+        if layer.group is None:
+            new = TrellisExperts(gate, up, down, *sizes, **options)
+        else:
+            options |= {"total_experts": shape.experts, "group": layer.group}
+            new = ShardedExperts(gate, up, down, *sizes, **options)
         act_fn = getattr(model.get_submodule(path), "act_fn", None)
         if isinstance(act_fn, nn.Module):
             new.add_module("act_fn", act_fn)  # part of the contract of experts modules, though not used by ours

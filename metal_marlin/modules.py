@@ -259,7 +259,7 @@ class TrellisMoE(nn.Module):
     """A mixture-of-experts block: forward(x [..., H]) -> [..., H], the routed experts' sum plus shared(x), if any.
 
     router   any module that maps x to (weights, ids), such as TrellisRouter
-    experts  TrellisExperts
+    experts  TrellisExperts, or metal_marlin.sharding.ShardedExperts, of which each process of a group holds a part
     shared   any module from [..., H] to [..., H], or None
     """
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _C
 
-__all__ = ["dequantize", "moe_trellis_swiglu", "router", "trellis_linear"]
+__all__ = ["dequantize", "moe_trellis_swiglu", "router", "trellis_linear", "trellis_quantize"]
 
 _ops = torch.ops.metal_marlin
 
@@ -93,7 +93,9 @@ def moe_trellis_swiglu(
     Args:
         x: ``[..., hidden]``, float32, bfloat16 or float16, any strides.
         weights: ``[..., top_k]`` routing weights, a float dtype; ``top_k`` at most 32.
-        ids: ``[..., top_k]`` expert of each slot, int32 or int64, in ``[0, experts)``; experts at most 512.
+        ids: ``[..., top_k]`` expert of each slot, int32 or int64, in ``[0, experts)``; experts at most 512. -1
+            (``_C.NO_EXPERT``) is a slot without an expert: it costs and adds nothing, whatever its weight, whose
+            gradient is 0. So a process computes its own part of a mixture that is spread over several.
         gate, up, down: stacks with ``trellis`` (flat int16: all experts' tiles), ``table`` (``[experts, 3]`` int64:
             offset in int16 elements, 2 x bits, index in ``_C.CODEBOOKS``), ``suh`` ``[experts, k]``,
             ``svh`` ``[experts, n]``, ``bias`` ``[experts, n]`` or None, all float16. Rates and codebooks may differ
@@ -189,6 +191,33 @@ def dequantize(
     )
 
 
+def trellis_quantize(tiles: Tensor, rate2: int, codebook: str) -> tuple[Tensor, Tensor]:
+    """Quantizes tiles of 16 x 16 weights: each becomes the stream whose decoded values are closest to it in the sum
+    of squared differences.
+
+    Scales, rotations and the order in which a matrix's tiles are visited belong to the caller: tiles are taken as they
+    are, in units of the codebook, whose values have a standard deviation of 1.24 (3inst, mcg) or 1.00 (mul1).
+
+    Args:
+        tiles: ``[..., 16, 16]`` float32 on the CPU, any strides, finite and at most 65504 in size; the second last
+            dimension counts inputs.
+        rate2: twice the bits per weight: 2, 4, ... 16, and for ``"mul1"`` also 3, 5 and 7.
+        codebook: ``"3inst"``, ``"mcg"`` or ``"mul1"``.
+
+    Returns:
+        packed ``[..., 8 * rate2]`` int16, each tile's stream as an EXL3 file's ``trellis`` holds it, and values
+        ``[..., 16, 16]`` float32, what it decodes to. Both are the same bits at every SIMD level and for any number of
+        threads.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message names it, what was expected and what came.
+
+    Source: the Viterbi algorithm (1967) on the format's circular streams (docs/format.md); csrc/quantize/search.c says
+    how, and how close it comes to the optimum.
+    """
+    return _ops.trellis_quantize(tiles, rate2, codebook)  # type: ignore[no-any-return]
+
+
 # ---- fake kernels: shapes and devices only, so that symbolic sizes stay symbolic ----
 
 
@@ -256,6 +285,11 @@ def _(
 def _(trellis: Tensor, suh: Tensor, svh: Tensor, codebook: str, in_features: int, out_features: int) -> Tensor:
     _same_device("dequantize", trellis=trellis, suh=suh, svh=svh)
     return trellis.new_empty((in_features, out_features), dtype=torch.float32)
+
+
+@torch.library.register_fake("metal_marlin::trellis_quantize")
+def _(tiles: Tensor, rate2: int, codebook: str) -> tuple[Tensor, Tensor]:
+    return tiles.new_empty((*tiles.shape[:-2], 8 * rate2), dtype=torch.int16), tiles.new_empty(tiles.shape)
 
 
 # ---- gradients ----

@@ -67,8 +67,8 @@ def cpu_target(level: str) -> Target:
         finally:
             _C.set_cpu_level(before)
 
-    exact = level in _C.exact_cpu_levels()
-    return Target(f"cpu {level}", run, mul1=Mul1.ROUNDED if exact else Mul1.UNROUNDED)
+    kinds = {0: Mul1.ROUNDED, 2**15 - 1: Mul1.UNROUNDED, 2**7 - 1: Mul1.BYTES}
+    return Target(f"cpu {level}", run, mul1=kinds[_C.cpu_input_limits()[level]])
 
 
 def mps_target() -> Target:

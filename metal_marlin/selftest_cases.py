@@ -53,14 +53,18 @@ ACTIVATION, SLOPE = 16.0, 3.0
 # to 2, half of that below, ...). Over a product it stays 2.1e-4 of the result's size; eight of these, and on one side
 # only. Inputs of 16 bits add a sixth of that at most.
 MUL1_UNROUNDED = 8 * 2.0**-12 / (SIDES_AND_SPREAD * U)
+# Inputs of 8 bits are off by at most 1/254 of their block's largest, evenly spread: with a largest of four times the
+# root mean square, by 0.9 percent of it.
+MUL1_BYTES = 8 * 0.01 / (SIDES_AND_SPREAD * U)
 #: What the last rounding, to the result's dtype, may add on either side, relative to the value.
 LAST = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SMALLEST = 2.0**-24  # float16 has nothing finer near 0
 
 
-def product_error(inputs: int, unrounded: bool = False) -> float:
-    """Of one rotated product with so many inputs, relative to the size of the result's row, in U."""
-    return math.sqrt(inputs + ROTATIONS) + (MUL1_UNROUNDED if unrounded else 0.0)
+def product_error(inputs: int, mul1: float = 0.0) -> float:
+    """Of one rotated product with so many inputs, relative to the size of the result's row, in U; `mul1` as mul1_error
+    gives it."""
+    return math.sqrt(inputs + ROTATIONS) + mul1
 
 
 class Mul1(enum.Enum):
@@ -69,12 +73,15 @@ class Mul1(enum.Enum):
     ROUNDED = "nowhere"
     UNROUNDED_DECODE = "up to 8 rows"
     UNROUNDED = "everywhere"
+    BYTES = "everywhere, and with inputs of 8 bits"
 
 
-def is_unrounded(values: Mapping[str, Any], mul1: Mul1) -> bool:
-    """Whether this combination multiplies so."""
+def mul1_error(values: Mapping[str, Any], mul1: Mul1) -> float:
+    """What this combination's product may be off by for that, in U."""
     form, few = values["format"], values["rows"] != PREFILL
-    return (mul1 is Mul1.UNROUNDED or (mul1 is Mul1.UNROUNDED_DECODE and few)) and (form == MIXED or form[0] == "mul1")
+    if mul1 is Mul1.ROUNDED or (mul1 is Mul1.UNROUNDED_DECODE and not few) or not (form == MIXED or form[0] == "mul1"):
+        return 0.0
+    return MUL1_BYTES if mul1 is Mul1.BYTES else MUL1_UNROUNDED
 
 
 def allowed(want: Tensor, relative: float, size: Tensor | None = None) -> Tensor:
@@ -224,7 +231,7 @@ def prepare_linear(values: Mapping[str, Any], generator: torch.Generator, sizes:
         return (ops.trellis_linear(*inputs, codebook=w.codebook, out_features=outputs),)
 
     def bounds(want: tuple[Tensor, ...], mul1: Mul1) -> tuple[Tensor, ...]:
-        return (allowed(want[0], product_error(sizes.hidden, is_unrounded(values, mul1))),)
+        return (allowed(want[0], product_error(sizes.hidden, mul1_error(values, mul1))),)
 
     return Prepared((x, w.trellis, w.suh, w.svh, w.bias), call, bounds)
 
@@ -283,9 +290,9 @@ def mixture(
     return Mixture(x, weights, random_ids(generator, tokens, top_k, experts), **stacks)
 
 
-def moe_bound(want: Tensor, sizes: Sizes, unrounded: bool = False) -> Tensor:
+def moe_bound(want: Tensor, sizes: Sizes, mul1: float = 0.0) -> Tensor:
     """An activation's error is that of gate and up, passed on, and its own; down's product spreads and adds to it."""
-    first, second = (product_error(inputs, unrounded) for inputs in (sizes.hidden, sizes.intermediate))
+    first, second = (product_error(inputs, mul1) for inputs in (sizes.hidden, sizes.intermediate))
     return allowed(want, SLOPE * (first + ACTIVATION) + second)
 
 
@@ -299,7 +306,7 @@ def prepare_moe(values: Mapping[str, Any], generator: torch.Generator, sizes: Si
         return (ops.moe_trellis_swiglu(*inputs, intermediate=sizes.intermediate, **options),)
 
     def bounds(want: tuple[Tensor, ...], mul1: Mul1) -> tuple[Tensor, ...]:
-        return (moe_bound(want[0], sizes, is_unrounded(values, mul1)),)
+        return (moe_bound(want[0], sizes, mul1_error(values, mul1)),)
 
     return Prepared((x, weights, ids, m.gate, m.up, m.down), call, bounds)
 

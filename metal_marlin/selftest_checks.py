@@ -252,7 +252,7 @@ def ids_out_of_range(backend: Backend, reference: Backend, sizes: Sizes) -> str 
     """The others may differ by rounding: decode adds experts in the order in which the call first names them."""
     for tokens in (4, 40):
         m = mixture(generator(), sizes, tokens)
-        for bad in (-1, len(m.gate.table)):
+        for bad in (-2, len(m.gate.table)):
             ids = m.ids.clone()
             ids[1, 1] = bad
             clean, y = run_moe(backend, sizes, m.inputs), run_moe(backend, sizes, with_ids(m, ids))
@@ -263,6 +263,18 @@ def ids_out_of_range(backend: Backend, reference: Backend, sizes: Sizes) -> str 
             problem, _ = compare("y of the other tokens", y[others], clean[others], bound)
             if problem:
                 return f"{tokens} tokens, id {bad}: {problem}"
+    return None
+
+
+@check("id -1, a slot without an expert, adds nothing", "gpu")
+def nobody(backend: Backend, reference: Backend, sizes: Sizes) -> str | None:
+    for tokens in (4, 40):
+        m = mixture(generator(), sizes, tokens)
+        ids = m.ids.clone()
+        ids[0, 1] = ids[1:3] = -1
+        problem = agree(backend, reference, sizes, with_ids(m, ids))
+        if problem:
+            return f"{tokens} tokens: {problem}"
     return None
 
 

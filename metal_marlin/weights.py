@@ -186,10 +186,8 @@ class Checkpoint:
             self.tensor(names["trellis"]), suh, svh, self.groups[prefix].codebook, bias, prefix, place
         ).validate()
 
-    def experts(
-        self, prefix: str, names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
-    ) -> tuple[list[TrellisTensor], ...]:
-        """The matrices `prefix`.E.`name` of experts E = 0, 1, ...: one list for each of `names`.
+    def count_experts(self, prefix: str, names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")) -> int:
+        """How many experts `prefix`.E.`name` there are.
 
         ValueError if there is no expert 0, or if a projection lacks an expert that another one has.
         """
@@ -201,7 +199,20 @@ class Checkpoint:
             if not count or count < max(counts):
                 others = f"; another projection has {max(counts)} experts" if max(counts) else ""
                 raise ValueError(f"{self.directory} has no quantized matrix {prefix}.{count}.{name}{others}")
-        return tuple([self.linear(f"{prefix}.{e}.{name}") for e in range(counts[0])] for name in names)
+        return counts[0]
+
+    def experts(
+        self,
+        prefix: str,
+        names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+        only: Sequence[int] | None = None,
+    ) -> tuple[list[TrellisTensor], ...]:
+        """The matrices `prefix`.E.`name` of experts E = 0, 1, ..., or of those in `only`: one list for each of `names`.
+
+        ValueError as for count_experts, or if there is no such expert.
+        """
+        every = range(self.count_experts(prefix, names))
+        return tuple([self.linear(f"{prefix}.{e}.{name}") for e in (every if only is None else only)] for name in names)
 
     def close(self) -> None:
         """Lets go of the files; tensors that were loaded stay valid. Loading again opens them again."""

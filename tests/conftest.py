@@ -61,7 +61,8 @@ class Backend:
         mul1's values to binary16 (metal/device.h), and so do the CPU's integers, which round the inputs (int16.h)."""
         if self.emulated:
             return reference.unrounded(p) if rows <= DECODE_ROWS else p
-        return p if (self.level or _C.cpu_level()) in _C.exact_cpu_levels() else reference.integer(p)
+        limit = _C.cpu_input_limits()[self.level or _C.cpu_level()]
+        return reference.integer(p, limit) if limit else p
 
     def multiplied_experts(self, m: reference.Experts, tokens: int) -> reference.Experts:
         """The same for a layer's experts."""
@@ -130,7 +131,8 @@ class Ops:
 
 ops = Ops()
 torch.set_num_threads(1)  # pytest -n gives every core a process; tests of threads set their own count
-_C.set_cpu_level(_C.exact_cpu_levels()[-1])  # for tests that name no level: they compare with the dense weights
+# for tests that name no level: they compare with the dense weights
+_C.set_cpu_level([level for level, limit in _C.cpu_input_limits().items() if not limit][-1])
 CPU = [Backend("cpu", level) for level in _C.cpu_levels()]
 EMULATED = Backend("cpu", emulated=True)
 
@@ -229,31 +231,6 @@ def emulated(emulator_library: Any) -> Iterator[Any]:
     yield emulator
     _C.use_mps_emulator(None)
     emulator.synchronize()
-
-
-class EmulatedRuns:
-    """Calls that run on the emulated MPS backend, each waited for."""
-
-    def __init__(self, library: Any) -> None:
-        self.path = library._name
-
-    def run(self, call: Any) -> Any:
-        """call()'s result, once it is there. What the emulator finds is raised."""
-        import emulator
-
-        _C.use_mps_emulator(self.path)
-        try:
-            result = call()
-            emulator.synchronize()
-        finally:
-            _C.use_mps_emulator(None)
-        return result
-
-
-@pytest.fixture
-def emulator(emulator_library: Any) -> EmulatedRuns:
-    """The emulated backend, one call at a time."""
-    return EmulatedRuns(emulator_library)
 
 
 def _collect(metal: Any) -> None:

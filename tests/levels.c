@@ -336,17 +336,37 @@ static void hadamard(double *sum, double *absolute, const double *in) {
 #define HADAMARD_ROUNDINGS 12 /* the scale, 7 additions, 4 butterflies (kernels.h, hadamard128) */
 
 /* The forms that rows travel in (cpu.h): "tiled" or "paired" inputs, and gradients spread to match, told apart by a row's length. */
-static bool paired(const struct mm_kernels *level) { return level->row_floats(MM_CODEBOOK_3INST) == BLOCK; }
+/* How a level lays out rotated rows and spread gradients (cpu.h): tiled, or paired in vectors of 8 lanes, of 16 for two tiles, or
+ * of 16 that were converted together. */
+enum form { TILED, PAIRED, PAIRED_TWO, PAIRED_CONVERTED, FORMS };
 
-/* Which of a tile's 16 rows stands at a place of its tiled or paired row. */
-static int row_of_place(bool pairs, int at) {
-    int pair = at / 2;
-    return pairs ? 2 * (pair / 4) + (pair & 1) + 8 * (pair / 2 & 1) + 4 * (at & 1) : MM_TILE_ROW(at);
+static enum form form_of(const struct mm_kernels *level) {
+    if (level->row_floats(MM_CODEBOOK_3INST) != BLOCK) return TILED;
+    if (!strncmp(level->name, "avx512-fp16", 11)) return PAIRED_CONVERTED;
+    return strncmp(level->name, "avx512", 6) ? PAIRED : PAIRED_TWO;
 }
 
-/* Which of a tile's 16 columns stands at a place of its spread gradient. */
-static int column_of_place(bool pairs, int at) {
-    return pairs ? 8 * (at / 16) + 2 * (at / 8 & 1) + 4 * (at / 4 & 1) + (at / 2 & 1) : MM_TILE_COLUMN(at / 8 * 32 + at % 8);
+static int row_places(enum form form) { return form == TILED ? 2 * 16 : 16; }    /* of a tile */
+static int spread_places(enum form form) { return form == TILED ? 4 * 16 : 2 * 16; }
+
+/* Which row stands at a place of a rotated row. */
+static int row_of_place(enum form form, int place) {
+    int tile = place / row_places(form), at = place % row_places(form), pair = at / 2;
+    return 16 * tile + (form == TILED ? MM_TILE_ROW(at) : 2 * (pair / 4) + (pair & 1) + 8 * (pair / 2 & 1) + 4 * (at & 1));
+}
+
+/* Which column stands at a place of a spread gradient. */
+static int column_of_place(enum form form, int place) {
+    int lanes = form <= PAIRED ? 8 : 16, vector = place / lanes % 4, lane = place % lanes;
+    switch (form) {
+    case TILED:
+        return 16 * (place / 64) + MM_TILE_COLUMN(place % 64 / 8 * 32 + place % 8);
+    case PAIRED_CONVERTED:
+        return 32 * (place / 64) + 16 * (vector & 1) + 8 * (vector / 2) + lane / 2;
+    default: /* a vector's halves are one tile each */
+        return 2 * lanes * (place / (4 * lanes)) + 16 * (lane / 8) + 8 * (vector / 2) + 2 * (vector & 1) + 4 * (lane / 4 & 1) +
+               (lane / 2 & 1);
+    }
 }
 
 static void check_rotations(void) {
@@ -361,15 +381,15 @@ static void check_rotations(void) {
                 level->rotate_grad(out, x, scale, WIDTH, USED);
             else
                 level->rotate_in(out, x, scale, WIDTH, USED, MM_CODEBOOK_3INST); /* in floats at every level */
-            int places = (spread ? 64 : 32) / (paired(level) ? 2 : 1); /* of a tile */
+            enum form form = form_of(level);
+            int places = spread ? spread_places(form) : row_places(form);
             for (int first = 0; first < WIDTH; first += BLOCK) {
                 double in[BLOCK], sum[BLOCK], absolute[BLOCK];
                 for (int i = 0; i < BLOCK; i++)
                     in[i] = first + i < USED ? (double)x[first + i] * (double)mm_float_of_half(scale[first + i]) : 0;
                 hadamard(sum, absolute, in);
                 for (int t = 0; t < BLOCK / 16 * places; t++) {
-                    int at = t % places;
-                    int i = t / places * 16 + (spread ? column_of_place(paired(level), at) : row_of_place(paired(level), at));
+                    int i = spread ? column_of_place(form, t) : row_of_place(form, t);
                     check_close(level->name, spread ? "rotate_grad" : "rotate_in", first + i,
                                 (double)out[first / 16 * places + t], sum[i], (HADAMARD_ROUNDINGS + 1) * U * absolute[i]);
                 }
@@ -414,9 +434,11 @@ static float *dense(const struct mm_weight *weight) {
     return out;
 }
 
-/* Levels that multiply mul1 in 16-bit integers (int16.h): the weights without their rounding to binary16, the inputs rounded to
- * 2^-15 of their block's largest. */
-static bool in_integers(const struct mm_kernels *level, int codebook) { return level->row_floats(codebook) < BLOCK; }
+/* Levels that multiply mul1 in integers (int16.h): the weights without their rounding to binary16, the inputs rounded. */
+static bool in_integers(const struct mm_kernels *level, int codebook) { return level->input_limit && codebook == MM_CODEBOOK_MUL1; }
+
+/* Of a block's largest input: half a unit, and what the unit's own rounding adds. */
+static double half_step(const struct mm_kernels *level) { return 0.51 / level->input_limit; }
 
 static double unrounded(double value) { /* mul1's: the rounding moved no value by half a step of the byte sum */
     double scale = (double)MM_MUL1_SCALE, bias = (double)MM_MUL1_BIAS;
@@ -428,8 +450,6 @@ static double largest(const double *values, int count) {
     for (int i = 0; i < count; i++) most = fmax(most, fabs(values[i]));
     return most;
 }
-
-#define HALF_STEP (0.51 / 32767) /* of a block's largest input: half a unit, and what the unit's own rounding adds */
 
 /* `multiply` of such a level: rows [ROWS] whose rotation is x, to rounding, times block 1. */
 static void check_integer_products(const struct mm_kernels *level, const struct mm_weight *weight, const float *w) {
@@ -448,7 +468,7 @@ static void check_integer_products(const struct mm_kernels *level, const struct 
             for (int i = 0; i < BLOCK; i++) in[i] = (double)x[r * k + b * BLOCK + i];
             hadamard(h + r * k + b * BLOCK, absolute, in);
             error[r * (k / BLOCK) + b] = (HADAMARD_ROUNDINGS + 1) * U * absolute[0] +
-                                         HALF_STEP * largest(h + r * k + b * BLOCK, BLOCK);
+                                         half_step(level) * largest(h + r * k + b * BLOCK, BLOCK);
         }
     }
     for (int count = 1; count <= ROWS; count++) {
@@ -495,7 +515,7 @@ static void check_integer_states(const struct mm_kernels *level, const struct mm
 }
 
 /* Their integer sums are exact and their few float operations the same, so such levels agree bit for bit. */
-static void check_integer_agreement(const struct mm_weight *weight) {
+static void check_integer_agreement(const struct mm_weight *weight, int input_limit) {
     enum { ROWS = 15 }; /* 8 + 4 + 3: products of several rows at once, and of the rest */
     static float y[2][ROWS * BLOCK];
     const int64_t k = weight->k, ld = k / BLOCK * MM_MAX_ROW_FLOATS;
@@ -503,7 +523,7 @@ static void check_integer_agreement(const struct mm_weight *weight) {
     float *x = random_floats(ROWS * k, 3);
     const char *first = NULL;
     for (int l = 0; l < level_count; l++) {
-        if (!in_integers(levels[l], weight->codebook)) continue;
+        if (levels[l]->input_limit != input_limit) continue;
         for (int64_t r = 0; r < ROWS; r++)
             levels[l]->rotate_in(rows + r * ld, x + r * k, weight->suh, k, k, weight->codebook);
         levels[l]->multiply(y[first != NULL], weight, 1, rows, ld, ROWS, scratch);
@@ -522,15 +542,14 @@ static void check_products(int codebook, int rate2) {
     struct mm_weight weight = random_weight(codebook, rate2, K, N);
     float *w = dense(&weight), *scratch = zeros(MM_MULTIPLY_SCRATCH * sizeof *scratch);
     float *x = random_floats(ROWS * K, 3), *grad = random_floats(ROWS * N, 3), *y = zeros(ROWS * BLOCK * sizeof *y);
-    float *rows[2], *spread[2]; /* as the two forms have them */
-    for (int form = 0; form < 2; form++) {
-        int length = form ? K : 2 * K, places = form ? 32 : 64;
+    float *rows[FORMS], *spread[FORMS];
+    for (enum form form = 0; form < FORMS; form++) {
+        int length = K / 16 * row_places(form);
         rows[form] = zeros((size_t)(ROWS * length) * sizeof(float)), spread[form] = zeros(4 * ROWS * N * sizeof(float));
         for (int r = 0; r < ROWS; r++) {
-            for (int i = 0; i < length; i++)
-                rows[form][r * length + i] = x[r * K + i / (places / 2) * 16 + row_of_place(form, i % (places / 2))];
-            for (int i = 0; i < N / 16 * places; i++)
-                spread[form][r * 4 * N + i] = grad[r * N + i / places * 16 + column_of_place(form, i % places)];
+            for (int i = 0; i < length; i++) rows[form][r * length + i] = x[r * K + row_of_place(form, i)];
+            for (int i = 0; i < N / 16 * spread_places(form); i++)
+                spread[form][r * 4 * N + i] = grad[r * N + column_of_place(form, i)];
         }
     }
     for (int l = 0; l < level_count; l++)
@@ -538,7 +557,8 @@ static void check_products(int codebook, int rate2) {
             check_integer_products(levels[l], &weight, w);
             check_integer_states(levels[l], &weight, w);
         }
-    check_integer_agreement(&weight);
+    for (int l = 0; l < level_count; l++)
+        if (in_integers(levels[l], codebook)) check_integer_agreement(&weight, levels[l]->input_limit);
     for (int transposed = 0; transposed < 2; transposed++) {
         int block = transposed ? 2 : 1, terms = transposed ? N : K;
         for (int r = 0; r < ROWS; r++)
@@ -554,22 +574,22 @@ static void check_products(int codebook, int rate2) {
         for (int l = 0; l < level_count; l++) {
             /* Of the product, of a sum, of joining the sums that run side by side: tiled, 4 over the inputs, 2 over the outputs;
              * paired, 2 over each block of the inputs, 4 over the outputs. */
-            bool form = paired(levels[l]);
-            int roundings = form ? (transposed ? N / 4 + 3 : BLOCK / 2 + K / BLOCK + 2) : (transposed ? N / 2 + 2 : K / 4 + 3);
+            enum form form = form_of(levels[l]);
+            int roundings = form != TILED ? (transposed ? N / 4 + 3 : BLOCK / 2 + K / BLOCK + 2) : (transposed ? N / 2 + 2 : K / 4 + 3);
             for (int c = 0; c < (int)(sizeof counts / sizeof *counts); c++) {
                 if (!transposed && in_integers(levels[l], codebook)) continue;
                 memset(y, 0xFF, ROWS * BLOCK * sizeof *y);
                 if (transposed)
                     levels[l]->multiply_transposed(y, &weight, block, spread[form], counts[c], scratch);
                 else
-                    levels[l]->multiply(y, &weight, block, rows[form], form ? K : 2 * K, counts[c], scratch);
+                    levels[l]->multiply(y, &weight, block, rows[form], K / 16 * row_places(form), counts[c], scratch);
                 for (int i = 0; i < counts[c] * BLOCK; i++)
                     check_close(levels[l]->name, transposed ? "multiply_transposed" : "multiply", i, (double)y[i],
                                 want[i], roundings * U * absolute[i]);
             }
         }
     }
-    for (int form = 0; form < 2; form++) mm_free(rows[form]), mm_free(spread[form]);
+    for (enum form form = 0; form < FORMS; form++) mm_free(rows[form]), mm_free(spread[form]);
     mm_free(w), mm_free(scratch), mm_free(x), mm_free(grad), mm_free(y);
 }
 
@@ -684,7 +704,7 @@ static void check_linear(int codebook, int rate2) {
                 for (int i = 0; i < BLOCK; i++)
                     in[i] = k + i < IN ? (double)x[r * IN + k + i] * (double)mm_float_of_half(weight.suh[k + i]) : 0;
                 hadamard(h + k, absolute, in);
-                double step = in_integers(mm_cpu, codebook) ? HALF_STEP * largest(h + k, BLOCK) : 0;
+                double step = in_integers(mm_cpu, codebook) ? half_step(mm_cpu) * largest(h + k, BLOCK) : 0;
                 for (int i = 0; i < BLOCK; i++) h_error[k + i] = (HADAMARD_ROUNDINGS + 1) * U * absolute[i] + step;
             }
             for (int n = 0; n < N; n += BLOCK) {

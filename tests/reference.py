@@ -172,9 +172,12 @@ class Unrounded(Packed):
             return self.suh.astype(np.float64)[:, None] * weight * self.svh.astype(np.float64)
 
 
+@dataclass(frozen=True, eq=False)
 class Integer(Unrounded):
-    """mul1 as levels in 16-bit integers multiply it: unrounded weights, every rotated input to a multiple of 1 / 32767
-    of its block's largest. The integer sums are exact."""
+    """mul1 as levels in integers multiply it: unrounded weights, every rotated input to a multiple of 1 / `limit` of
+    its block's largest. The integer sums are exact."""
+
+    limit: int = 0
 
     @property
     def hoisted(self) -> float:
@@ -182,15 +185,15 @@ class Integer(Unrounded):
 
     @property
     def input_steps(self) -> int:
-        return 32767 if self.codebook == "mul1" else 0
+        return self.limit if self.codebook == "mul1" else 0
 
 
 def unrounded(p: Packed) -> Packed:
     return Unrounded(p.trellis, p.suh, p.svh, p.codebook, p.bias)
 
 
-def integer(p: Packed) -> Packed:
-    return Integer(p.trellis, p.suh, p.svh, p.codebook, p.bias)
+def integer(p: Packed, limit: int) -> Packed:
+    return Integer(p.trellis, p.suh, p.svh, p.codebook, p.bias, limit)
 
 
 def linear(x: np.ndarray, p: Packed, out_features: int) -> np.ndarray:

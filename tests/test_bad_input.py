@@ -188,14 +188,14 @@ TABLE = [
 
 
 def rows_of_foreign_ids(op: str) -> list[Row]:
-    """ids that name no expert: 3 experts, int64 or int32."""
+    """ids that are neither an expert nor -1: 3 experts, int64 or int32."""
     return [
         Row(op, "ids", put_at((2, 1), 3), ("\\b3\\b", "2|5")),
-        Row(op, "ids", put_at((0, 0), -1), ("-1", "0")),
+        Row(op, "ids", put_at((0, 0), -2), ("-2", "0")),
         Row(op, "ids", put_at((3, 1), 2**62), (str(2**62), "3")),
         Row(op, "ids", put_at((3, 1), -(2**63)), (str(-(2**63)),)),
         Row(op, "ids", put_at((3, 1), 2**32), (str(2**32),)),  # is 0 when cut to 32 bits
-        Row(op, "ids", lambda t: put_at((1, 1), -1)(t.int()), ("-1",)),
+        Row(op, "ids", lambda t: put_at((1, 1), -2)(t.int()), ("-2",)),
         Row(op, "ids", lambda t: put_at((1, 1), 2**31 - 1)(t.int()), (str(2**31 - 1),)),
     ]
 

@@ -44,7 +44,6 @@ from benchmarks.dispatch import (
 from benchmarks.dispatch import device as devices
 from benchmarks.dispatch.device import Device
 from benchmarks.dispatch.result import (
-    BadReport,
     Experiment,
     Figure,
     NotMeasured,
@@ -59,6 +58,7 @@ from benchmarks.dispatch.result import (
 from benchmarks.dispatch.rounds import FEWEST, in_turns
 from benchmarks.dispatch.spread import bootstrap, quartiles
 from benchmarks.dispatch.workloads import Workload, quietly
+from benchmarks.report_json import BadReport
 from metal_marlin import _C
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -27,12 +27,13 @@ from benchmarks.cpu import command, figures, ggml_library, plots, race, shapes, 
 from benchmarks.cpu.contender import Absent, Options, copies_for, limit_of
 from benchmarks.cpu.processes import Failed, Gone, Missing, Worker, environment
 from benchmarks.cpu.race import Race
-from benchmarks.cpu.result import Absence, BadReport, Contestant, Report, Series, Settings
+from benchmarks.cpu.result import Absence, Contestant, Report, Series, Settings
 from benchmarks.cpu.roster import ENTRIES, PEERS
 from benchmarks.cpu.shapes import CHECKS, SHAPES
 from benchmarks.cpu.worker import Session
 from benchmarks.dispatch.result import Refused
 from benchmarks.dispatch.terminal import console
+from benchmarks.report_json import BadReport
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,6 +11,8 @@ import reference as ref
 import torch
 from conftest import DTYPES, RATES, Backend, array, assert_close, ops, same_bits
 
+import metal_marlin._C as _C
+
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swiglu_oai")
 
 
@@ -121,6 +123,22 @@ def test_repeated_ids(backend: Backend, rng: np.random.Generator) -> None:
         x, ids = backend.put(rng.normal(size=(tokens, 128)), "float32"), backend.put(np.array(chosen))
         weights = backend.put(rng.normal(size=(tokens, top_k)), "float32")
         check(backend, x, weights, ids, m, backend.moe(x, weights, ids, m), str(chosen))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slots_without_an_expert(backend: Backend, rng: np.random.Generator, dtype: str) -> None:
+    """Id -1 adds nothing, not even a NaN weight; tokens that have nobody become zero, and the others are unharmed."""
+    m = experts(4, 200, 130, bias=True)
+    for tokens, ids_dtype in ((1, "int64"), (6, "int32"), (70, "int64")):
+        x = backend.put(rng.normal(size=(tokens, 200)), dtype)
+        w, i = routing(rng, tokens, 3, 4)
+        i[rng.uniform(size=i.shape) < 0.6] = _C.NO_EXPERT
+        i[-1] = _C.NO_EXPERT
+        weights, ids = backend.put(np.where(i < 0, np.nan, w), "float32"), backend.put(i, ids_dtype)
+        y = backend.moe(x, weights, ids, m)
+        check(backend, x, backend.put(np.where(i < 0, 0, w), "float32"), backend.put(np.maximum(i, 0)), m, y)
+        assert (y[-1] == 0).all()
+        assert tokens == 1 or (y[(i >= 0).any(axis=1)] != 0).any()
 
 
 def test_weights_of_any_value(backend: Backend, rng: np.random.Generator) -> None:

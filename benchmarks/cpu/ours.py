@@ -59,7 +59,7 @@ class Ours(Contender):
                 raise Absent(f"this machine runs {', '.join(_C.cpu_levels())}")
             _C.set_cpu_level(options.level)
         torch.set_num_threads(options.threads)
-        self.exact = _C.cpu_level() in _C.exact_cpu_levels()
+        self.exact = not _C.cpu_input_limits()[_C.cpu_level()]
         self.pool: Pool | None = None
 
     def facts(self) -> dict[str, str]:

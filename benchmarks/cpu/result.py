@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks import report_json
 from benchmarks.dispatch.spread import Quartiles, quartiles
+from benchmarks.report_json import BadReport
 
 FORMAT = "metal_marlin cpu report 1"
-
-
-class BadReport(ValueError):
-    """A file that is no report of this program; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -134,21 +130,12 @@ class Report:
 
     def to_json(self) -> str:
         """The whole report. `Report.from_json` gives back an equal one."""
-        text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, allow_nan=False)
-        # samples on one line, so that two reports can be told apart by diff
-        return re.sub(r"\[\s+([-+.\de,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
+        return report_json.dumps(FORMAT, dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Report:
         """BadReport: not JSON, not a report, another version's, or a field missing or unknown."""
-        try:
-            data: Any = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise BadReport(f"not JSON: {error}") from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise BadReport(f"format is {found!r}; expected {FORMAT!r}")
-        del data["format"]
+        data = report_json.loads(FORMAT, text)
         try:
             settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["settings"].items()}
             data["settings"] = Settings(**settings)

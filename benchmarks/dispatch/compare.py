@@ -8,8 +8,9 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.dispatch.result import BadReport, Report, Series
+from benchmarks.dispatch.result import Report, Series
 from benchmarks.dispatch.spread import Interval, bootstrap
+from benchmarks.report_json import BadReport
 
 SAME = "same"
 

@@ -16,14 +16,14 @@ a statistic of it raises NotMeasured, so neither a table nor a plot nor the verd
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks import report_json
 from benchmarks.dispatch.spread import Interval, Quartiles, bootstrap, quartiles
+from benchmarks.report_json import BadReport
 
 #: Called with the part of the experiment that is done, 0 to 1, and a few words on what runs now.
 Progress = Callable[[float, str], None]
@@ -37,10 +37,6 @@ class NotMeasured(ValueError):
 
 class Refused(ValueError):
     """Settings that cannot be meant or cannot fit; the message says what they would need."""
-
-
-class BadReport(ValueError):
-    """A file that is no report of this program; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -251,21 +247,12 @@ class Report:
 
     def to_json(self) -> str:
         """The whole report. `Report.from_json` gives back an equal one."""
-        text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, allow_nan=False)
-        # a series' samples on one line, so that two reports can be told apart by diff
-        return re.sub(r"\[\s+([-+.\de,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
+        return report_json.dumps(FORMAT, dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Report:
         """BadReport: not JSON, not a report, another version's, or a field missing or unknown."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise BadReport(f"not JSON: {error}") from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise BadReport(f"format is {found!r}; expected {FORMAT!r}")
-        del data["format"]
+        data = report_json.loads(FORMAT, text)
         try:
             data["settings"] = Settings(**data["settings"])
             data["verdict"] = _verdict(data["verdict"])

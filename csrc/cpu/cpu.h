@@ -48,7 +48,7 @@ struct mm_weight mm_stack_weight(const struct mm_stack *stack, int64_t expert);
 /* The longest form of a rotated row, per 128 inputs. */
 #define MM_MAX_ROW_FLOATS (2 * MM_HADAMARD)
 /* Floats of scratch that `multiply` and `multiply_transposed` need. */
-#define MM_MULTIPLY_SCRATCH (MM_ROW_BLOCK * 64 + 16 * MM_TILE_WEIGHTS)
+#define MM_MULTIPLY_SCRATCH (MM_ROW_BLOCK * 8 * 16 + 16 * MM_TILE_WEIGHTS) /* sums, and a panel */
 
 /* The kernels of one SIMD level. A rotated input row travels in a form of the level's own, row_floats(codebook) floats for
  * each 128 inputs: "tiled" (tiles.h), 4 groups of 4 values for each 16 inputs, in trellis order (rows 2q, 2q+1, 2q+8, 2q+9), each
@@ -57,7 +57,8 @@ struct mm_weight mm_stack_weight(const struct mm_stack *stack, int64_t expert);
  * 16 columns 8 groups, column c four times and column c+8 four times. */
 struct mm_kernels {
     const char *name;
-    bool exact; /* multiplies with the format's weights and float32 inputs; int16.h says what it means if not */
+    int input_limit; /* 0: multiplies with the format's weights and float32 inputs. Else mul1's inputs are rounded to integers of at
+                        most this in every block of 128 (int16.h) */
     void (*prepare)(void); /* builds the level's tables; called when the level becomes active, may run again */
     void (*load)(float *out, const void *in, enum mm_float type, int64_t stride, int64_t count);
     void (*store)(void *out, const float *in, enum mm_float type, int64_t count);
@@ -86,17 +87,24 @@ struct mm_kernels {
                  int64_t count, float *scratch);
 };
 
-/* Every level, slowest first; a getter is NULL-valued where the machine or the build lacks the level. */
+/* Every level, the default last; a getter is NULL-valued where the machine or the build lacks the level. */
 const struct mm_kernels *mm_kernels_scalar(void);
 const struct mm_kernels *mm_kernels_neon(void);
 const struct mm_kernels *mm_kernels_avx2(void);
 const struct mm_kernels *mm_kernels_neon_int16(void);
 const struct mm_kernels *mm_kernels_avx2_int16(void);
+const struct mm_kernels *mm_kernels_avx512(void);
+const struct mm_kernels *mm_kernels_avx512_fp16(void);
 const struct mm_kernels *mm_kernels_avx512_int16(void);
-#define MM_CPU_LEVELS(X) X(scalar) X(neon) X(avx2) X(neon_int16) X(avx2_int16) X(avx512_int16)
+const struct mm_kernels *mm_kernels_avx512_fp16_int16(void);
+const struct mm_kernels *mm_kernels_avx512_int8(void);
+const struct mm_kernels *mm_kernels_avx512_fp16_int8(void);
+#define MM_CPU_LEVELS(X)                                                                      \
+    X(scalar) X(neon) X(avx2) X(avx512) X(avx512_fp16) X(neon_int16) X(avx2_int16) X(avx512_int16) \
+    X(avx512_fp16_int16) X(avx512_int8) X(avx512_fp16_int8)
 
 extern const struct mm_kernels *mm_cpu; /* the active level; set once at import, and by tests */
-#define MM_MAX_CPU_LEVELS 8
+#define MM_MAX_CPU_LEVELS 12
 int mm_cpu_levels(const struct mm_kernels **levels); /* fills what this machine runs; returns the count */
 
 /* parallel.c: phases one after the other, in one parallel region; the items 0..count-1 of a phase are each done by one thread, pulled in
@@ -131,7 +139,7 @@ bool mm_cpu_dequantize(const struct mm_weight *weight, bool rotated, int64_t in_
 struct mm_moe {
     struct mm_rows x;       /* [tokens, hidden] */
     struct mm_rows weights; /* [tokens, top_k] */
-    const int32_t *ids;     /* [tokens, top_k], in range */
+    const int32_t *ids;     /* [tokens, top_k], in range or MM_NO_EXPERT */
     struct mm_stack gate, up, down;
     int64_t experts, intermediate;
     enum mm_activation activation;

@@ -1,4 +1,4 @@
-/* gather_halves for AVX2 (panel.h, int16.h): the halfwords of a tile's 16 groups, one lane a group, in the groups' order.
+/* halves_of_tiles for AVX2 (see int16.h): the halfwords of a tile's 16 groups, one lane a group, in the groups' order.
  * A memory dword is the stream's 4 bytes in reverse, so its first halfword is the high one. Rates 1, 2 and 4 are a few shuffles
  * of whole registers; 1.5, 2.5 and 3 shuffle the bytes of two groups at a time, the others those of one, by tables, and transpose. */
 
@@ -43,9 +43,9 @@ static void prepare(void) {
 }
 
 /* Lane g becomes lane g - 1, lane 0 the last: what stands before each group, since a tile is circular. */
-INLINE half16 previous(half16 h) {
+INLINE halves previous(halves h) {
     __m256i before = _mm256_permutevar8x32_epi32((__m256i)h, _mm256_setr_epi32(7, 0, 1, 2, 3, 4, 5, 6));
-    return (half16)_mm256_blend_epi16(_mm256_srli_epi32(before, 16), _mm256_slli_epi32((__m256i)h, 16), 0xAA);
+    return (halves)_mm256_blend_epi16(_mm256_srli_epi32(before, 16), _mm256_slli_epi32((__m256i)h, 16), 0xAA);
 }
 
 INLINE __m256i load_two(const uint8_t *low, const uint8_t *high) {
@@ -66,17 +66,17 @@ INLINE __m256i load_planned(int rate2, const uint8_t *tile, int low, int high) {
 }
 
 /* out [4]: the dwords of 4 registers transposed, in each half */
-INLINE void transpose_dwords(half16 *out, const __m256i *in) {
+INLINE void transpose_dwords(halves *out, const __m256i *in) {
     __m256i a = _mm256_unpacklo_epi32(in[0], in[1]), b = _mm256_unpackhi_epi32(in[0], in[1]);
     __m256i c = _mm256_unpacklo_epi32(in[2], in[3]), d = _mm256_unpackhi_epi32(in[2], in[3]);
-    out[0] = (half16)_mm256_unpacklo_epi64(a, c);
-    out[1] = (half16)_mm256_unpackhi_epi64(a, c);
-    out[2] = (half16)_mm256_unpacklo_epi64(b, d);
-    out[3] = (half16)_mm256_unpackhi_epi64(b, d);
+    out[0] = (halves)_mm256_unpacklo_epi64(a, c);
+    out[1] = (halves)_mm256_unpackhi_epi64(a, c);
+    out[2] = (halves)_mm256_unpacklo_epi64(b, d);
+    out[3] = (halves)_mm256_unpackhi_epi64(b, d);
 }
 
 /* out [8]: the words of 8 registers transposed, in each half */
-INLINE void transpose_words(half16 *out, const __m256i *in) {
+INLINE void transpose_words(halves *out, const __m256i *in) {
     __m256i low[4], high[4];
     for (int i = 0; i < 4; i++) {
         low[i] = _mm256_unpacklo_epi16(in[2 * i], in[2 * i + 1]);
@@ -86,18 +86,18 @@ INLINE void transpose_words(half16 *out, const __m256i *in) {
     transpose_dwords(out + 4, high);
 }
 
-INLINE void gather_halves(half16 *h, int rate2, const uint8_t *tile) {
+INLINE void halves_of_tiles(halves *h, int rate2, const uint8_t *tile) {
     __m256i in[8];
     if (rate2 == 2) {
         __m256i bytes = _mm256_loadu_si256((const __m256i *)(const void *)tile);
-        h[1] = (half16)_mm256_or_si256(_mm256_slli_epi32(bytes, 16), _mm256_srli_epi32(bytes, 16));
+        h[1] = (halves)_mm256_or_si256(_mm256_slli_epi32(bytes, 16), _mm256_srli_epi32(bytes, 16));
     } else if (rate2 == 4) {
         const __m256i order = _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14,
                                                15, 0, 1, 4, 5, 8, 9, 12, 13);
         for (int i = 0; i < 2; i++) /* 4 groups in each half: 0 and 8, 4 and 12 */
             in[i] = _mm256_shuffle_epi8(load_two(tile + 16 * i, tile + 32 + 16 * i), order);
-        h[1] = (half16)_mm256_unpacklo_epi64(in[0], in[1]);
-        h[2] = (half16)_mm256_unpackhi_epi64(in[0], in[1]);
+        h[1] = (halves)_mm256_unpacklo_epi64(in[0], in[1]);
+        h[2] = (halves)_mm256_unpackhi_epi64(in[0], in[1]);
     } else if (rate2 == 8) {
         const __m256i order = _mm256_setr_epi8(2, 3, 10, 11, 0, 1, 8, 9, 6, 7, 14, 15, 4, 5, 12, 13, 2, 3, 10, 11, 0, 1, 8, 9,
                                                6, 7, 14, 15, 4, 5, 12, 13);

@@ -16,8 +16,7 @@ INLINE int load_start(int rate2, int load) { /* the last one must not read past 
     return start < last ? start : last;
 }
 
-static void prepare_int16(void) {
-    prepare();
+static void prepare(void) {
     for (int rate2 = MM_MIN_RATE2; rate2 <= MM_MAX_RATE2; rate2++)
         for (int i = 0; i <= (rate2 + 1) / 2; i++)
             for (int lane = 0; lane < 32; lane++)

@@ -16,18 +16,23 @@
  *   POSITIONS                      of a lane: 16 or 32
  *   MOST_ROWS                      rows multiplied at once, a power of two: how many sums the registers hold
  *   halves, sums32                 vectors of halfwords and of int32, on which + * work lane by lane; halves hold one tile or several
- *   FUNNEL(before, after, shift)   the upper halves of (before, after) << shift; shift is a literal from 1 to 15
+ *   FUNNEL                         (funnel.h)
  *   product_high(a, b)            upper halves of the unsigned products
  *   sums_of_bytes(low, high)           lane by lane, the sum of the two bytes of low and the two of high
  *   add_products(sums, s, q, step) sums [PARTS] += s * q, signed, q a tile's inputs: s[i] * q[step] for lane i, or for two lanes
  *                                  s[2 i] * q[2 step] + s[2 i + 1] * q[2 step + 1]
  *   halves_of_tiles(h, rate2, tile)  h[0], h[1], ... as above; rate2 is a constant
- *   prepare_int16()                builds the level's tables
- *   round_values(v)                8 floats to the nearest integers */
+ *   round_values(v)                8 floats to the nearest integers
+ *
+ * It may define INT8_LEVEL too, the name of a level that rounds inputs to 8 bits, by at most 1/254 of a block's largest, with
+ *   add_byte_products(sums, s, q)  sums += s * q in dwords: unsigned bytes of s, signed bytes of q [4], which all dwords share
+ * There a row on its own multiplies the bytes of the products themselves, without adding them first; several go on as above, and all
+ * sums are the same integers. */
 #include <math.h>
 
+#include "cpu/funnel.h"
+
 #define CENTRE 510 /* of the byte sums, 0 .. 1020: halves the sums, so that 128 products of 16 bits stay within 32 */
-#define LARGEST 32767
 
 #define LANES ((int)(sizeof(halves) / sizeof(uint16_t)))
 #define TILES (LANES * POSITIONS / MM_TILE_WEIGHTS) /* side by side */
@@ -46,12 +51,8 @@ struct row16 {
 _Static_assert(sizeof(struct row16) == 320, "whole cache lines");
 #define ROW16_FLOATS ((int64_t)(sizeof(struct row16) / sizeof(float)))
 
-static int64_t row_floats_int16(int codebook) {
-    return codebook == MM_CODEBOOK_MUL1 ? ROW16_FLOATS : row_floats(codebook);
-}
-
-/* v [128], rotated, to 16 bits. A NaN or Inf makes the block NaN; a block whose largest value is below 1e-34 counts as 0. */
-INLINE void quantize(struct row16 *row, const vec8 *v) {
+/* v [128], rotated, to integers of at most `limit`. A NaN or Inf makes the block NaN; a block whose largest value is below 1e-34 counts as 0. */
+INLINE void quantize(struct row16 *row, const vec8 *v, float limit) {
     const vec8 zero = {0};
     vec8 largest = zero, poison = zero;
     for (int i = 0; i < 16; i++) {
@@ -61,7 +62,7 @@ INLINE void quantize(struct row16 *row, const vec8 *v) {
     }
     float most = 0, bad = 0;
     for (int i = 0; i < 8; i++) most = largest[i] > most ? largest[i] : most, bad += poison[i];
-    float unit = most / LARGEST, inverse = unit > 3e-39f ? 1.0f / unit : 0.0f;
+    float unit = most / limit, inverse = unit > 3e-39f ? 1.0f / unit : 0.0f;
     ivec8 sums = {0};
     int16_t plain[MM_HADAMARD];
     for (int i = 0; i < 16; i++) {
@@ -82,6 +83,10 @@ INLINE void quantize(struct row16 *row, const vec8 *v) {
     row->offset = -CENTRE * total;
 }
 
+static int64_t row_floats_int16(int codebook) {
+    return codebook == MM_CODEBOOK_MUL1 ? ROW16_FLOATS : row_floats(codebook);
+}
+
 static void rotate_in_int16(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook) {
     if (codebook != MM_CODEBOOK_MUL1) {
         rotate_in(row, x, suh, k, used, codebook);
@@ -90,40 +95,29 @@ static void rotate_in_int16(float *row, const float *x, const uint16_t *suh, int
     for (int64_t i = 0; i < k; i += MM_HADAMARD, row += ROW16_FLOATS) {
         vec8 rotated[16];
         scale_rotate(rotated, x + i, suh + i, used - i);
-        quantize((struct row16 *)(void *)row, rotated);
+        quantize((struct row16 *)(void *)row, rotated, INT16_MAX);
     }
 }
 
-INLINE halves funnel(halves before, halves after, int shift) {
-    switch (shift) {
-#define CASE(literal) \
-    case literal: return FUNNEL(before, after, literal);
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-        CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15)
-#undef CASE
-    default: return after; /* 16 */
-    }
-}
+/* The states of a tile, or of tiles side by side, and their products' halves, one after the other; rate2 is a constant when inlined. */
+#define FOR_PRODUCTS(j, low, high, tile, rate2, ...)                                                                                 \
+    do {                                                                                                                             \
+        const halves zero = {0}, m_low = zero + (uint16_t)MM_MUL1_MULTIPLIER, m_high = zero + (uint16_t)(MM_MUL1_MULTIPLIER >> 16);   \
+        halves h[POSITIONS / 2 + 1];                                                                                                 \
+        halves_of_tiles(h, rate2, tile);                                                                                             \
+        UNROLL(32) for (int j = 0; j < POSITIONS; j++) {                                                                             \
+            int end = (j + 1) * rate2 >> 1, i = (end + 15) / 16;                                                                     \
+            halves state = funnel(h[i - 1], h[i], end - 16 * (i - 1));                                                               \
+            halves low = state * m_low, high = product_high(state, m_low) + state * m_high;                                          \
+            __VA_ARGS__                                                                                                              \
+        }                                                                                                                            \
+    } while (0)
 
 /* panel [8, POSITIONS]: the byte sums of TILES columns of 8 tiles, stride bytes apart; rate2 is a constant when inlined */
 INLINE void decode_sums(halves *panel, const uint8_t *tile, int64_t stride, int rate2) {
-    static const uint32_t multipliers[] = {
-#define X(id, name, multiplier, addend, half_rates) multiplier,
-        MM_CODEBOOKS(X)
-#undef X
-    };
-    const uint32_t multiplier = multipliers[MM_CODEBOOK_MUL1];
-    const halves zero = {0}, low = zero + (uint16_t)multiplier, high = zero + (uint16_t)(multiplier >> 16);
     for (int t = 0; t < BLOCK_TILES; t++, tile += stride, panel += POSITIONS) {
-        halves h[POSITIONS / 2 + 1];
-        for (int byte = 0; byte < TILES * MM_TILE_BYTES(rate2); byte += 64)
-            __builtin_prefetch(tile + BLOCK_TILES * stride + byte);
-        halves_of_tiles(h, rate2, tile);
-        UNROLL(32) for (int j = 0; j < POSITIONS; j++) {
-            int end = (j + 1) * rate2 >> 1, i = (end + 15) / 16;
-            halves state = funnel(h[i - 1], h[i], end - 16 * (i - 1));
-            panel[j] = sums_of_bytes(state * low, product_high(state, low) + state * high);
-        }
+        prefetch_tiles(tile, stride, TILES * MM_TILE_BYTES(rate2));
+        FOR_PRODUCTS(j, low, high, tile, rate2, panel[j] = sums_of_bytes(low, high););
     }
 }
 
@@ -141,6 +135,16 @@ static sums_decoder decoder_of(int rate2) {
         MM_ALL_RATES2(X)
 #undef X
     default: return 0;
+    }
+}
+
+/* y [16 TILES] += scale * sums: the columns of one side */
+INLINE void add_columns(float *y, const sums32 *sums, int side, float scale) {
+    ivec8 columns[TILES];
+    memcpy(columns, sums, sizeof columns);
+    for (int tile = 0; tile < TILES; tile++) {
+        uvec8 *out = (uvec8 *)(void *)(y + tile * MM_TILE + side * 8);
+        *out += __builtin_convertvector(columns[tile], vec8) * scale;
     }
 }
 
@@ -166,38 +170,34 @@ INLINE void multiply_sums_rows(float *y, const halves *panel, const float *row, 
         }
     for (int r = 0; r < rows; r++)
         for (int side = 0; side < 2; side++) {
-            ivec8 columns[TILES];
             for (int chain = 1; chain < chains; chain++)
                 for (int part = 0; part < PARTS; part++)
                     sums[r * chains][side][part] += sums[r * chains + chain][side][part];
-            memcpy(columns, sums[r * chains][side], sizeof columns);
-            for (int tile = 0; tile < TILES; tile++) {
-                uvec8 *out = (uvec8 *)(void *)(y + r * MM_HADAMARD + tile * MM_TILE + side * 8);
-                *out += __builtin_convertvector(columns[tile], vec8) * in[r]->scale;
-            }
+            add_columns(y + r * MM_HADAMARD, sums[r * chains][side], side, in[r]->scale);
         }
 }
 
-static void multiply_int16(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
-                           float *scratch) {
-    if (weight->codebook != MM_CODEBOOK_MUL1) {
-        multiply(y, weight, block, row, ld, rows, scratch);
-        return;
+/* Sets y [rows, 128] to what the weights' small constant gives. */
+static void start_columns(float *y, const float *row, int64_t ld, int64_t rows, int64_t blocks, int64_t block_floats) {
+    for (int64_t r = 0; r < rows; r++) {
+        float constant = 0;
+        for (int64_t b = 0; b < blocks; b++)
+            constant += ((const struct row16 *)(const void *)(row + r * ld + b * block_floats))->constant;
+        for (int c = 0; c < MM_HADAMARD; c++) y[r * MM_HADAMARD + c] = constant;
     }
+}
+
+static void multiply_integers(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
+                              int64_t block_floats, float *scratch) {
     halves *panel = (halves *)(void *)scratch;
     sums_decoder decode = decoder_of(weight->rate2);
     int64_t tile_bytes = MM_TILE_BYTES(weight->rate2), row_bytes = weight->n / MM_TILE * tile_bytes;
     int64_t blocks = weight->k / MM_HADAMARD;
-    for (int64_t r = 0; r < rows; r++) {
-        float constant = 0;
-        for (int64_t b = 0; b < blocks; b++)
-            constant += ((const struct row16 *)(const void *)(row + r * ld + b * ROW16_FLOATS))->constant;
-        for (int c = 0; c < MM_HADAMARD; c++) y[r * MM_HADAMARD + c] = constant;
-    }
+    start_columns(y, row, ld, rows, blocks, block_floats);
     for (int j = 0; j < BLOCK_TILES; j += TILES) {
         const uint8_t *column = weight->tiles + (block * BLOCK_TILES + j) * tile_bytes;
         for (int64_t b = 0; b < blocks; b++) {
-            const float *in = row + b * ROW16_FLOATS;
+            const float *in = row + b * block_floats;
             float *out = y + j * MM_TILE;
             int64_t r = 0;
             decode(panel, column + b * BLOCK_TILES * row_bytes, row_bytes);
@@ -210,11 +210,119 @@ static void multiply_int16(float *y, const struct mm_weight *weight, int64_t blo
     }
 }
 
+static void multiply_int16(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
+                           float *scratch) {
+    if (weight->codebook == MM_CODEBOOK_MUL1)
+        multiply_integers(y, weight, block, row, ld, rows, ROW16_FLOATS, scratch);
+    else
+        multiply(y, weight, block, row, ld, rows, scratch);
+}
+
 static const struct mm_kernels kernels_int16 = {
     .name = INT16_LEVEL,
-    .prepare = prepare_int16,
+    .input_limit = INT16_MAX,
+    .prepare = prepare,
     .row_floats = row_floats_int16,
     .rotate_in = rotate_in_int16,
     .multiply = multiply_int16,
     SHARED_KERNELS,
 };
+
+/* ---- 8 bits ---- */
+
+#ifdef INT8_LEVEL
+
+struct row8 {
+    struct row16 row;
+    int8_t repeated[2 * MM_HADAMARD]; /* each q twice: once for every byte of a halfword */
+};
+#define ROW8_FLOATS ((int64_t)(sizeof(struct row8) / sizeof(float)))
+_Static_assert(sizeof(struct row8) <= MM_MAX_ROW_FLOATS * sizeof(float), "cpu.h");
+
+static int64_t row_floats_int8(int codebook) {
+    return codebook == MM_CODEBOOK_MUL1 ? ROW8_FLOATS : row_floats(codebook);
+}
+
+static void rotate_in_int8(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook) {
+    if (codebook != MM_CODEBOOK_MUL1) {
+        rotate_in(row, x, suh, k, used, codebook);
+        return;
+    }
+    for (int64_t i = 0; i < k; i += MM_HADAMARD, row += ROW8_FLOATS) {
+        vec8 rotated[16];
+        struct row8 *out = (struct row8 *)(void *)row;
+        scale_rotate(rotated, x + i, suh + i, used - i);
+        quantize(&out->row, rotated, INT8_MAX);
+        for (int at = 0; at < 2 * MM_HADAMARD; at++) out->repeated[at] = (int8_t)out->row.q[at / 2];
+    }
+}
+
+/* y [16 TILES columns of 128] += one block of a row times TILES columns of 8 tiles, stride bytes apart; rate2 is a constant when inlined */
+INLINE void multiply_row8(float *y, const struct row8 *row, const uint8_t *tile, int64_t stride, int rate2) {
+    const sums32 none = {0};
+    sums32 sums[2][2] = {{none + row->row.offset, none}, {none + row->row.offset, none}}; /* [side][half of a product] */
+    const int8_t *q = row->repeated;
+    for (int t = 0; t < BLOCK_TILES; t++, tile += stride, q += 2 * MM_TILE) {
+        prefetch_tiles(tile, stride, TILES * MM_TILE_BYTES(rate2));
+        FOR_PRODUCTS(j, low, high, tile, rate2, {
+            const int8_t *bytes = q + 2 * SHARERS * (j / 8 * 4 + j % 4);
+            add_byte_products(&sums[j / 4 % 2][0], low, bytes);
+            add_byte_products(&sums[j / 4 % 2][1], high, bytes);
+        });
+    }
+    for (int side = 0; side < 2; side++) {
+        sums[side][0] += sums[side][1];
+        add_columns(y, sums[side], side, row->row.scale);
+    }
+}
+
+#define X(rate2)                                                                                                       \
+    static void multiply_row8_##rate2(float *y, const struct row8 *row, const uint8_t *tile, int64_t stride) {        \
+        multiply_row8(y, row, tile, stride, rate2);                                                                    \
+    }
+MM_ALL_RATES2(X)
+#undef X
+
+typedef void (*row8_multiplier)(float *y, const struct row8 *row, const uint8_t *tile, int64_t stride);
+
+static row8_multiplier row8_multiplier_of(int rate2) {
+    switch (rate2) {
+#define X(rate2) \
+    case rate2: return multiply_row8_##rate2;
+        MM_ALL_RATES2(X)
+#undef X
+    default: return 0;
+    }
+}
+
+static void multiply_int8(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
+                          float *scratch) {
+    if (weight->codebook != MM_CODEBOOK_MUL1) {
+        multiply(y, weight, block, row, ld, rows, scratch);
+        return;
+    }
+    if (rows != 1) {
+        multiply_integers(y, weight, block, row, ld, rows, ROW8_FLOATS, scratch);
+        return;
+    }
+    row8_multiplier multiply_one = row8_multiplier_of(weight->rate2);
+    int64_t tile_bytes = MM_TILE_BYTES(weight->rate2), row_bytes = weight->n / MM_TILE * tile_bytes;
+    int64_t blocks = weight->k / MM_HADAMARD;
+    const struct row8 *in = (const struct row8 *)(const void *)row;
+    start_columns(y, row, ld, rows, blocks, ROW8_FLOATS);
+    for (int j = 0; j < BLOCK_TILES; j += TILES) {
+        const uint8_t *column = weight->tiles + (block * BLOCK_TILES + j) * tile_bytes;
+        for (int64_t b = 0; b < blocks; b++) multiply_one(y + j * MM_TILE, in + b, column + b * BLOCK_TILES * row_bytes, row_bytes);
+    }
+}
+
+static const struct mm_kernels kernels_int8 = {
+    .name = INT8_LEVEL,
+    .input_limit = INT8_MAX,
+    .prepare = prepare,
+    .row_floats = row_floats_int8,
+    .rotate_in = rotate_in_int8,
+    .multiply = multiply_int8,
+    SHARED_KERNELS,
+};
+#endif

@@ -1,9 +1,8 @@
 /* The kernels of a SIMD level that do not depend on how it decodes: Hadamards, conversions, activations, and the level's table.
  * In C over 8-wide vectors. Included once by each level's file, which first defines
- *   LEVEL                       the level's name, for the table; without it there is no table
- *   prepare                     builds the level's tables
+ *   LEVEL                       the level's name, for the table
  *   load_half, store_half       binary16 rows
- * and then includes the products, which complete the functions declared here: tiles.h or panel.h. */
+ * and then includes how it reads weights, with prepare, and the products, which complete the functions declared here: tiles.h or panel.h. */
 #include <math.h>
 #include <string.h>
 
@@ -12,6 +11,7 @@
 
 #define BLOCK_TILES (MM_HADAMARD / MM_TILE)
 
+static void prepare(void); /* builds the level's tables */
 static int64_t row_floats(int codebook);
 static void rotate_in(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook);
 static void rotate_grad(float *spread, const float *grad, const uint16_t *svh, int64_t n, int64_t used);
@@ -54,6 +54,15 @@ INLINE void hadamard128(vec8 *v) {
         v[i] = sum;
     }
     butterflies(v, 16);
+}
+
+/* ---- weights ---- */
+
+/* Beside the work on a tile, or on tiles side by side: asks for those one block on along k. The processor's own prefetching does not
+ * help here, since the stride crosses a page at nearly every step; asking for a whole block at once, or for the next columns, one walk
+ * along k ahead, is slower by a few percent (Sapphire Rapids). */
+INLINE void prefetch_tiles(const uint8_t *tile, int64_t stride, int bytes) {
+    for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(tile + BLOCK_TILES * stride + byte);
 }
 
 /* ---- rows in and out ---- */
@@ -258,14 +267,11 @@ static void dots(float *out, int64_t ld, const float *const *a, int64_t rows, co
     .load = load, .store = store, .rotate_out = rotate_out, .rotate_grad = rotate_grad,                        \
     .multiply_transposed = multiply_transposed, .dequantize = dequantize, .activate = activate, .dot = dot, .dots = dots
 
-#ifdef LEVEL
 static const struct mm_kernels kernels = {
     .name = LEVEL,
-    .exact = true,
     .prepare = prepare,
     .row_floats = row_floats,
     .rotate_in = rotate_in,
     .multiply = multiply,
     SHARED_KERNELS,
 };
-#endif

@@ -13,6 +13,12 @@ struct segment {
     int64_t expert, first, rows; /* rows of the sorted pairs */
 };
 
+/* Rotated rows of a projection: of pairs in sorted order, ld floats apart. */
+struct rotated {
+    float *data;
+    int64_t ld;
+};
+
 struct moe_run {
     const struct mm_moe *moe;
     const struct mm_rows *grad; /* backward only */
@@ -23,7 +29,7 @@ struct moe_run {
     /* The chunk: segments [first_segment, last_segment), pairs [first_pair, first_pair + chunk_pairs). */
     int64_t first_segment, last_segment, first_pair, chunk_pairs, max_rows;
     /* Rows of the chunk, in sorted order. "blocked" is [128-column block, pair, 128]. */
-    float *in_gate, *in_up, *in_down; /* rotated [row_floats(stack)] */
+    struct rotated in_gate, in_up, in_down;
     float *y;                                  /* blocked: down's output, or the gradient of x for each pair */
     float *gate, *up;                          /* backward, blocked: pre-activations */
     float *spread_grad, *spread_gate, *spread_up; /* backward, spread [4 n] */
@@ -50,15 +56,22 @@ static float routing_weight(const struct moe_run *run, int64_t place) {
     return weight;
 }
 
-/* Floats from one rotated row of a projection to the next, whatever the codebook of its expert. */
-static int64_t row_floats(const struct mm_stack *stack) { return stack->k / MM_HADAMARD * MM_MAX_ROW_FLOATS; }
-
 static int codebook_of(const struct mm_stack *stack, int64_t expert) { return (int)stack->table[3 * expert + 2]; }
 
+/* Room for a rotated row whatever its expert: their codebooks may differ. */
+static int64_t longest_row(const struct mm_stack *stack, int64_t experts) {
+    int64_t most = 0;
+    for (int64_t e = 0; e < experts; e++) {
+        int64_t floats = mm_cpu->row_floats(codebook_of(stack, e));
+        if (floats > most) most = floats;
+    }
+    return stack->k / MM_HADAMARD * most;
+}
+
 /* The rotated row of `place`, from its channel `column` on. */
-static float *row_at(const struct moe_run *run, float *rows, const struct mm_stack *stack, int64_t expert, int64_t place,
+static float *row_at(const struct moe_run *run, const struct rotated *rows, const struct mm_stack *stack, int64_t expert, int64_t place,
                      int64_t column) {
-    return rows + (place - run->first_pair) * row_floats(stack) +
+    return rows->data + (place - run->first_pair) * rows->ld +
            column / MM_HADAMARD * mm_cpu->row_floats(codebook_of(stack, expert));
 }
 
@@ -80,18 +93,18 @@ static void rotate_token(int64_t item, void *scratch, void *context) {
     const struct mm_stack *gate = &run->moe->gate, *up = &run->moe->up;
     int64_t place = run->first_pair + item, expert = run->moe->ids[run->order[place]];
     load_token(scratch, &run->moe->x, token_of(run, place));
-    mm_cpu->rotate_in(row_at(run, run->in_gate, gate, expert, place, 0), scratch, gate->suh + expert * gate->k, gate->k,
+    mm_cpu->rotate_in(row_at(run, &run->in_gate, gate, expert, place, 0), scratch, gate->suh + expert * gate->k, gate->k,
                       run->hidden, codebook_of(gate, expert));
-    mm_cpu->rotate_in(row_at(run, run->in_up, up, expert, place, 0), scratch, up->suh + expert * up->k, up->k, run->hidden,
+    mm_cpu->rotate_in(row_at(run, &run->in_up, up, expert, place, 0), scratch, up->suh + expert * up->k, up->k, run->hidden,
                       codebook_of(up, expert));
 }
 
 /* y [rows, 128]: one block of a projection's output for a segment */
-static void project(float *y, const struct moe_run *run, const struct mm_stack *stack, float *rows,
+static void project(float *y, const struct moe_run *run, const struct mm_stack *stack, const struct rotated *rows,
                     const struct segment *segment, int64_t block, float *scratch) {
     struct mm_weight weight = mm_stack_weight(stack, segment->expert);
     int64_t column = block * MM_HADAMARD;
-    mm_cpu->multiply(y, &weight, block, row_at(run, rows, stack, segment->expert, segment->first, 0), row_floats(stack),
+    mm_cpu->multiply(y, &weight, block, row_at(run, rows, stack, segment->expert, segment->first, 0), rows->ld,
                      segment->rows, scratch);
     mm_cpu->rotate_out(y, segment->rows, weight.svh + column, weight.bias ? weight.bias + column : NULL);
 }
@@ -103,12 +116,12 @@ static void gate_up_block(int64_t item, void *scratch, void *context) {
     const struct segment *segment = segment_of(run, item, blocks, &block);
     int64_t size = segment->rows * MM_HADAMARD, column = block * MM_HADAMARD;
     float *gate = scratch, *up = gate + size, *act = up + size, *rest = act + size;
-    project(gate, run, &moe->gate, run->in_gate, segment, block, rest);
-    project(up, run, &moe->up, run->in_up, segment, block, rest);
+    project(gate, run, &moe->gate, &run->in_gate, segment, block, rest);
+    project(up, run, &moe->up, &run->in_up, segment, block, rest);
     mm_cpu->activate(act, gate, up, size, moe->activation, moe->alpha, moe->limit);
     const uint16_t *suh = moe->down.suh + segment->expert * moe->down.k + column;
     for (int64_t r = 0; r < segment->rows; r++)
-        mm_cpu->rotate_in(row_at(run, run->in_down, &moe->down, segment->expert, segment->first + r, column),
+        mm_cpu->rotate_in(row_at(run, &run->in_down, &moe->down, segment->expert, segment->first + r, column),
                           act + r * MM_HADAMARD, suh, MM_HADAMARD, moe->intermediate - column,
                           codebook_of(&moe->down, segment->expert));
 }
@@ -117,7 +130,7 @@ static void down_block(int64_t item, void *scratch, void *context) {
     const struct moe_run *run = context;
     int64_t block;
     const struct segment *segment = segment_of(run, item, run->moe->down.n / MM_HADAMARD, &block);
-    project(blocked(run, run->y, block, segment), run, &run->moe->down, run->in_down, segment, block, scratch);
+    project(blocked(run, run->y, block, segment), run, &run->moe->down, &run->in_down, segment, block, scratch);
 }
 
 /* Adds the chunk's pairs to their tokens, one block of columns an item: sorted order, so expert by expert. */
@@ -163,8 +176,8 @@ static void gate_up_again(int64_t item, void *scratch, void *context) {
     const struct moe_run *run = context;
     int64_t block;
     const struct segment *segment = segment_of(run, item, run->moe->gate.n / MM_HADAMARD, &block);
-    project(blocked(run, run->gate, block, segment), run, &run->moe->gate, run->in_gate, segment, block, scratch);
-    project(blocked(run, run->up, block, segment), run, &run->moe->up, run->in_up, segment, block, scratch);
+    project(blocked(run, run->gate, block, segment), run, &run->moe->gate, &run->in_gate, segment, block, scratch);
+    project(blocked(run, run->up, block, segment), run, &run->moe->up, &run->in_up, segment, block, scratch);
 }
 
 /* dx [rows, 128]: one block of the gradient of a projection's input for a segment */
@@ -267,19 +280,21 @@ static void store_token(int64_t token, void *scratch, void *context) {
                   run->sum + token * run->hidden, type, run->hidden);
 }
 
-/* Counting sort by expert (stable, so by token within an expert), then segments. */
+/* Counting sort by expert (stable, so by token within an expert), then segments. Slots without an expert are left out. */
 static void sort_pairs(struct moe_run *run, int64_t *starts) {
     const int32_t *ids = run->moe->ids;
     int64_t experts = run->moe->experts;
     memset(starts, 0, (size_t)(experts + 1) * sizeof *starts);
-    for (int64_t p = 0; p < run->pairs; p++) starts[ids[p] + 1]++;
+    for (int64_t p = 0; p < run->pairs; p++)
+        if (ids[p] != MM_NO_EXPERT) starts[ids[p] + 1]++;
     for (int64_t e = 0; e < experts; e++) {
         for (int64_t r = 0; r < starts[e + 1]; r += MM_ROW_BLOCK)
             run->segments[run->segment_count++] =
                 (struct segment){e, starts[e] + r, min64(starts[e + 1] - r, MM_ROW_BLOCK)};
         starts[e + 1] += starts[e];
     }
-    for (int64_t p = 0; p < run->pairs; p++) run->order[starts[ids[p]]++] = p;
+    for (int64_t p = 0; p < run->pairs; p++)
+        if (ids[p] != MM_NO_EXPERT) run->order[starts[ids[p]]++] = p;
 }
 
 /* The next chunk: whole segments, as many as `most` pairs hold, at least one. */
@@ -309,11 +324,11 @@ static void carve(float **buffer, float **cursor, int64_t *floats, int64_t pairs
 static int64_t carve_chunk(struct moe_run *run, float *memory, int64_t pairs) {
     const struct mm_moe *moe = run->moe;
     int64_t floats = 0;
-    carve(&run->in_gate, &memory, &floats, pairs, row_floats(&moe->gate));
-    carve(&run->in_up, &memory, &floats, pairs, row_floats(&moe->up));
+    carve(&run->in_gate.data, &memory, &floats, pairs, run->in_gate.ld);
+    carve(&run->in_up.data, &memory, &floats, pairs, run->in_up.ld);
     carve(&run->y, &memory, &floats, pairs, moe->down.n);
     if (!run->grad) {
-        carve(&run->in_down, &memory, &floats, pairs, row_floats(&moe->down));
+        carve(&run->in_down.data, &memory, &floats, pairs, run->in_down.ld);
         return floats;
     }
     carve(&run->gate, &memory, &floats, pairs, moe->gate.n);
@@ -334,6 +349,9 @@ static bool run_moe(struct moe_run *run, void *out, void *dweights) {
     run->top_k = moe->weights.columns;
     run->pairs = tokens * run->top_k;
     run->hidden = moe->x.columns;
+    run->in_gate.ld = longest_row(&moe->gate, experts);
+    run->in_up.ld = longest_row(&moe->up, experts);
+    run->in_down.ld = longest_row(&moe->down, experts);
     if (!tokens) return true;
     bool wide = moe->x.type == MM_FLOAT32;
     size_t sum_bytes = (size_t)(tokens * run->hidden) * sizeof(float);
@@ -350,6 +368,7 @@ static bool run_moe(struct moe_run *run, void *out, void *dweights) {
     bool done = run->order && run->segments && run->sum && starts && memory && row;
     if (done) {
         memset(run->sum, 0, sum_bytes);
+        if (dweights) memset(dweights, 0, (size_t)run->pairs * mm_float_bytes(moe->weights.type));
         sort_pairs(run, starts);
         while (done && next_chunk(run, most)) {
             carve_chunk(run, memory, run->chunk_pairs);

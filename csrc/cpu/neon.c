@@ -8,10 +8,6 @@
 
 #include "cpu/half.h"
 
-#define WINDOW_ORDERS 1
-static const uint8_t window_lanes[WINDOW_ORDERS][8] = {{0, 1, 2, 3, 4, 5, 6, 7}};
-#define WINDOW_SHIFT(bits) (-(bits)) /* ushl goes left; right by a negative number */
-
 #include "cpu/windows.h"
 
 #define LEVEL "neon"
@@ -30,8 +26,8 @@ INLINE tile_reader tile_open(int rate2, const uint8_t *tile) {
 INLINE uint32x4_t windows(const tile_reader *reader, int group, int half) {
     const struct window_plan *plan = reader->plan;
     uint8x16_t bytes = group < plan->wrapped_groups ? reader->wrapped : vld1q_u8(reader->tile + plan->offset[group]);
-    uint32x4_t lanes = vreinterpretq_u32_u8(vqtbl1q_u8(bytes, vld1q_u8(plan->shuffle[0][group] + 16 * half)));
-    lanes = vshlq_u32(lanes, vld1q_s32(plan->shift[0][group & 1] + 4 * half));
+    uint32x4_t lanes = vreinterpretq_u32_u8(vqtbl1q_u8(bytes, vld1q_u8(plan->shuffle[group] + 16 * half)));
+    lanes = vshlq_u32(lanes, vld1q_s32(plan->shift[group & 1] + 4 * half));
     return vandq_u32(lanes, vdupq_n_u32(0xFFFF));
 }
 
@@ -138,8 +134,6 @@ INLINE ivec8 round_values(vec8 v) {
     memcpy(&both, rounded, sizeof both);
     return both;
 }
-
-static void prepare_int16(void) { prepare(); }
 
 #include "cpu/gather_neon.h"
 #include "cpu/int16.h"

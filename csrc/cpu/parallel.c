@@ -15,12 +15,77 @@ struct mm_threads mm_threads;
 
 #define MM_ALIGNMENT ((size_t)64)
 
-void *mm_alloc(size_t bytes) {
-    if (bytes > SIZE_MAX - MM_ALIGNMENT) return NULL;
-    return aligned_alloc(MM_ALIGNMENT, (bytes + MM_ALIGNMENT) / MM_ALIGNMENT * MM_ALIGNMENT);
+/* ---- memory ---- */
+
+/* Large blocks that were freed are kept for the next call: from the system they would come as pages to be faulted in and zeroed, every
+ * time, which for a prompt costs as much as a tenth of the layer. A slot is emptied or filled by one atomic step, so threads never wait
+ * for each other, nor does a forked child for its parent's. */
+struct block {
+    _Alignas(64) size_t bytes; /* of what follows */
+};
+#define KEPT_BLOCKS 8
+#define LEAST_KEPT_BYTES ((size_t)64 << 10)
+#define MOST_KEPT_BYTES ((size_t)256 << 20) /* together: a chunk of pairs, a prompt's sums, and the like of other callers */
+
+static _Atomic(struct block *) kept[KEPT_BLOCKS];
+static atomic_size_t kept_bytes;
+
+static void release(struct block *block) {
+    if (!block) return;
+    atomic_fetch_sub(&kept_bytes, block->bytes);
+    free(block);
 }
 
-void mm_free(void *memory) { free(memory); }
+static struct block *take_kept(size_t bytes) {
+    for (int i = 0; i < KEPT_BLOCKS; i++) {
+        struct block *block = atomic_exchange(&kept[i], NULL), *none = NULL;
+        if (!block) continue;
+        if (block->bytes >= bytes && block->bytes / 4 <= bytes) {
+            atomic_fetch_sub(&kept_bytes, block->bytes);
+            return block;
+        }
+        if (!atomic_compare_exchange_strong(&kept[i], &none, block)) release(block); /* the slot was filled meanwhile */
+    }
+    return NULL;
+}
+
+static bool keep(struct block *block) {
+#ifdef __SANITIZE_ADDRESS__ /* which would not see an access beyond what was asked for */
+    return false;
+#endif
+    static atomic_uint turn;
+    if (block->bytes < LEAST_KEPT_BYTES) return false;
+    if (atomic_fetch_add(&kept_bytes, block->bytes) + block->bytes > MOST_KEPT_BYTES) {
+        atomic_fetch_sub(&kept_bytes, block->bytes);
+        return false;
+    }
+    for (int i = 0; i < KEPT_BLOCKS; i++) {
+        struct block *none = NULL;
+        if (atomic_compare_exchange_strong(&kept[i], &none, block)) return true;
+    }
+    release(atomic_exchange(&kept[atomic_fetch_add(&turn, 1) % KEPT_BLOCKS], block)); /* sizes that nobody asks for make room */
+    return true;
+}
+
+void *mm_alloc(size_t bytes) {
+    if (bytes > SIZE_MAX - 2 * MM_ALIGNMENT) return NULL;
+    bytes = (bytes + MM_ALIGNMENT) / MM_ALIGNMENT * MM_ALIGNMENT;
+    struct block *block = bytes < LEAST_KEPT_BYTES ? NULL : take_kept(bytes);
+    if (!block) {
+        block = aligned_alloc(MM_ALIGNMENT, sizeof *block + bytes);
+        if (!block) return NULL;
+        block->bytes = bytes;
+    }
+    return block + 1;
+}
+
+void mm_free(void *memory) {
+    if (!memory) return;
+    struct block *block = (struct block *)memory - 1;
+    if (!keep(block)) free(block);
+}
+
+/* ---- threads ---- */
 
 #define MOST_PHASES 8
 
@@ -65,9 +130,9 @@ static void work(int64_t begin, int64_t end, void *context) {
             phase->body(item, scratch, pull->context);
             atomic_fetch_add(&progress->done, 1);
         }
-        /* Only for items that running threads are at: a thread that the pool starts late, or never, holds nobody up. */
-        if (p + 1 < pull->phase_count)
-            for (int64_t turn = 0; atomic_load(&progress->done) < phase->count; turn++) pause_a_little(turn);
+        /* Only for items that running threads are at: a thread that the pool starts late, or never, holds nobody up. After the last
+         * phase too: else the pool might put the thread to sleep for the moment that the others still need. */
+        for (int64_t turn = 0; atomic_load(&progress->done) < phase->count; turn++) pause_a_little(turn);
     }
 }
 

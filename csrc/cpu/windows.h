@@ -1,11 +1,7 @@
 /* How to cut the 16-bit windows of 8 trellis positions out of a tile with one byte shuffle and one shift: a byte shuffle
  * brings each position's 3 stream bytes into its 32-bit lane, a per-lane shift leaves the window. That works for every
- * rate, half rates included, so rates differ by tables only. Leaves the shuffle itself to the level: NEON's tbl reads the
- * table (x86's pshufb could: both write 0 for an index with its top bit set).
- * Included once by a level's file, after vector.h, which first defines
- *   WINDOW_ORDERS        how many orders of lanes the level loads windows in
- *   window_lanes         [WINDOW_ORDERS][8]: which of the 8 positions goes to each lane
- *   WINDOW_SHIFT(bits)   the number that makes the level's per-lane shift go right by `bits` */
+ * rate, half rates included, so rates differ by tables only. Made for NEON: its tbl writes 0 for an index beyond the table, its
+ * shift by lane goes right by a negative number. Included once, by neon.c, after vector.h. */
 #include <assert.h>
 #include <stdalign.h>
 
@@ -13,8 +9,8 @@
 
 /* One rate. The 16 loaded bytes start at offset[group], or for the first groups at byte -4 of the circular stream. */
 struct window_plan {
-    alignas(32) uint8_t shuffle[WINDOW_ORDERS][32][32]; /* [order][group]: indices into the 16 bytes */
-    alignas(32) int32_t shift[WINDOW_ORDERS][2][8];     /* [order][group parity] */
+    alignas(32) uint8_t shuffle[32][32]; /* [group]: indices into the 16 bytes */
+    alignas(32) int32_t shift[2][8];     /* [group parity] */
     uint8_t offset[32];
     int wrapped_groups; /* leading groups whose windows reach back over the tile's start: 1, or 2 at low rates */
 };
@@ -31,20 +27,19 @@ static void plan_rate(struct window_plan *plan, int rate2) {
         if (base > bytes - 16) base = bytes - 16; /* never read past the tile */
         plan->wrapped_groups += wrapped;
         plan->offset[group] = (uint8_t)(wrapped ? 0 : base);
-        for (int order = 0; order < WINDOW_ORDERS; order++)
-            for (int lane = 0; lane < 8; lane++) {
-                int position = 8 * group + window_lanes[order][lane];
-                int start = ((position + 1) * rate2 >> 1) - MM_WINDOW_BITS;
-                int byte = (start + 64) / 8 - 8, bit = (start + 64) % 8; /* rounds down, start >= -15 */
-                plan->shift[order][group & 1][lane] = WINDOW_SHIFT(8 - bit);
-                for (int i = 0; i < 4; i++) {
-                    /* Little-endian lane: byte 2 is the window's first, byte 0 its third, needed unless aligned. */
-                    bool used = i < 3 && !(i == 0 && bit == 0);
-                    int source = ((byte + 2 - i + 4) ^ 3) - 4 - base; /* + 4 - 4 keeps the xor on whole words */
-                    assert(!used || (source >= 0 && source < 16));
-                    plan->shuffle[order][group][lane * 4 + i] = (uint8_t)(used ? source : 0x80);
-                }
+        for (int lane = 0; lane < 8; lane++) {
+            int position = 8 * group + lane;
+            int start = ((position + 1) * rate2 >> 1) - MM_WINDOW_BITS;
+            int byte = (start + 64) / 8 - 8, bit = (start + 64) % 8; /* rounds down, start >= -15 */
+            plan->shift[group & 1][lane] = bit - 8;
+            for (int i = 0; i < 4; i++) {
+                /* Little-endian lane: byte 2 is the window's first, byte 0 its third, needed unless aligned. */
+                bool used = i < 3 && !(i == 0 && bit == 0);
+                int source = ((byte + 2 - i + 4) ^ 3) - 4 - base; /* + 4 - 4 keeps the xor on whole words */
+                assert(!used || (source >= 0 && source < 16));
+                plan->shuffle[group][lane * 4 + i] = (uint8_t)(used ? source : 0x80);
             }
+        }
     }
 }
 

@@ -14,6 +14,7 @@
 #define MM_WINDOW_BITS 16    /* a state is a 16-bit window of the tile's circular bit stream */
 #define MM_MAX_EXPERTS 512
 #define MM_MAX_TOP_K 32
+#define MM_NO_EXPERT (-1) /* the id of a slot that chooses nobody, or an expert that another process holds */
 
 /* 1/sqrt(128) as exllamav3's kernels spell it. */
 #define MM_HADAMARD_SCALE 0.088388347648f
@@ -25,11 +26,13 @@
 #define MM_MAX_RATE2 16
 #define MM_MAX_HALF_RATE2 7 /* 1.5, 2.5 and 3.5 bits exist; 4.5 and up do not */
 
+#define MM_MUL1_MULTIPLIER 0x83DCD12Du
+
 /* X(id, name, multiplier, addend, allows half rates). The id is the number in a stack's table. */
 #define MM_CODEBOOKS(X)                                  \
     X(MM_CODEBOOK_3INST, "3inst", 89226354u, 64248484u, 0) \
     X(MM_CODEBOOK_MCG, "mcg", 0xCBAC1FEDu, 0u, 0)          \
-    X(MM_CODEBOOK_MUL1, "mul1", 0x83DCD12Du, 0u, 1)
+    X(MM_CODEBOOK_MUL1, "mul1", MM_MUL1_MULTIPLIER, 0u, 1)
 
 enum mm_codebook {
 #define X(id, name, multiplier, addend, half_rates) id,

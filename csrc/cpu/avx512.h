@@ -1,0 +1,111 @@
+/* The body of the levels for AVX-512: two tiles at a time, with VBMI's byte permute, VBMI2's funnel shift and VNNI's multiply-add. Ice Lake
+ * and Zen 4 were the first to have all three; CPUs with less of AVX-512 run AVX2's levels. Included by a level's file between x86.h and
+ * END_TARGET; it may define HALF_ARITHMETIC: the CPU has arithmetic on binary16. */
+
+typedef uint16_t halves __attribute__((vector_size(64), may_alias));
+typedef int16_t shorts __attribute__((vector_size(64), may_alias));
+typedef float floats __attribute__((vector_size(64), may_alias));
+typedef int32_t sums32 __attribute__((vector_size(64), may_alias));
+#define FUNNEL(before, after, shift) (halves)_mm512_shldi_epi16((__m512i)(before), (__m512i)(after), shift)
+
+INLINE halves product_high(halves a, halves b) { return (halves)_mm512_mulhi_epu16((__m512i)a, (__m512i)b); }
+
+INLINE halves sums_of_bytes(halves low, halves high) {
+    __m512i one = _mm512_set1_epi8(1);
+    return (halves)_mm512_maddubs_epi16((__m512i)low, one) + (halves)_mm512_maddubs_epi16((__m512i)high, one);
+}
+
+#include "cpu/gather_avx512.h"
+
+/* ---- exact, in float32 ---- */
+
+INLINE floats repeat_pair(const float *pair) {
+    double both;
+    memcpy(&both, pair, sizeof both);
+    return (floats)_mm512_castpd_ps(_mm512_set1_pd(both));
+}
+
+#define COLUMNS_TOGETHER 2
+#define PANEL_ROWS 6
+
+#ifdef HALF_ARITHMETIC
+
+#define LANE_TILE(vector, lane) ((vector) & 1) /* converted 16 lanes at a time */
+#define LANE_COLUMN(vector, lane) (8 * ((vector) / 2) + (lane) / 2)
+
+/* The format's own arithmetic: two binary16 numbers added, or one multiply-add, rounded once. By hand, since clang's headers have the
+ * intrinsics only where a whole file is compiled for them. */
+INLINE void values_of_products(floats (*out)[2], halves *low, halves *high, uint32_t addend, int codebook) {
+    const halves zero = {0};
+    for (int i = 0; i < 2; i++) {
+        __m512i value;
+        if (codebook == MM_CODEBOOK_MUL1) { /* the bits 0x6400 + S are the number 1024 + S, S being at most 1020 */
+            const halves scale = zero + mm_half_of_float(MM_MUL1_SCALE), bias = zero + mm_half_of_float(MM_MUL1_BIAS);
+            value = (__m512i)(sums_of_bytes(low[i], high[i]) + (uint16_t)0x6400);
+            __asm__("vfmadd213ph %2, %1, %0" : "+v"(value) : "v"(scale), "v"(bias));
+        } else {
+            if (addend) {
+                const halves first = zero + (uint16_t)addend;
+                low[i] += first;
+                high[i] += (uint16_t)(addend >> 16);
+                __mmask32 carry = _mm512_cmplt_epu16_mask((__m512i)low[i], (__m512i)first);
+                high[i] = (halves)_mm512_mask_add_epi16((__m512i)high[i], carry, (__m512i)high[i], _mm512_set1_epi16(1));
+            }
+            const halves kept = zero + (uint16_t)MM_PAIR_AND, flip = zero + (uint16_t)MM_PAIR_XOR;
+            _Static_assert(MM_PAIR_AND >> 16 == (MM_PAIR_AND & 0xFFFFu) && MM_PAIR_XOR >> 16 == (MM_PAIR_XOR & 0xFFFFu), "both halves");
+            __asm__("vaddph %2, %1, %0" : "=v"(value) : "v"((low[i] & kept) ^ flip), "v"((high[i] & kept) ^ flip));
+        }
+        out[i][0] = (floats)_mm512_cvtph_ps(_mm512_castsi512_si256(value));
+        out[i][1] = (floats)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(value, 1));
+    }
+}
+
+INLINE void store_columns(float *y, const floats *sums) {
+    for (int v = 0; v < 4; v++) {
+        const vec8 *lanes = (const vec8 *)&sums[v];
+        __m256d pairs = _mm256_castps_pd((__m256)add_pairs(lanes[0], lanes[1])); /* columns 0 1 4 5 2 3 6 7 */
+        *(uvec8 *)(void *)(y + MM_TILE * LANE_TILE(v, 0) + LANE_COLUMN(v, 0)) = (uvec8)_mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xD8));
+    }
+}
+
+#else
+
+INLINE void interleave(floats *out, halves low, halves high) {
+    out[0] = (floats)_mm512_unpacklo_epi16((__m512i)low, (__m512i)high);
+    out[1] = (floats)_mm512_unpackhi_epi16((__m512i)low, (__m512i)high);
+}
+
+INLINE void store_columns(float *y, const floats *sums) {
+    for (int tile = 0; tile < 2; tile++)
+        for (int side = 0; side < 2; side++)
+            *(uvec8 *)(void *)(y + MM_TILE * tile + 8 * side) =
+                add_pairs(((const vec8 *)&sums[2 * side])[tile], ((const vec8 *)&sums[2 * side + 1])[tile]);
+}
+
+#include "cpu/values.h"
+#endif
+#include "cpu/panel.h"
+
+/* ---- mul1 in 16-bit integers ---- */
+
+#define POSITIONS 16
+#define MOST_ROWS 8
+
+INLINE void add_products(sums32 *sums, halves s, const int16_t *q, int step) {
+    int32_t pair;
+    memcpy(&pair, q + 2 * step, sizeof pair);
+    /* Not the intrinsic: clang makes a multiply-add and an addition of it where it sees a long chain (1.7 x slower). */
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sums[0]) : "v"(s), "v"(_mm512_set1_epi32(pair)));
+}
+
+INLINE void add_byte_products(sums32 *sums, halves s, const int8_t *q) {
+    int32_t bytes;
+    memcpy(&bytes, q, sizeof bytes);
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(s), "v"(_mm512_set1_epi32(bytes)));
+}
+
+#include "cpu/int16.h"
+
+#define HAS_AVX512(edx)                                                              \
+    cpu_has(SAVES_YMM | SAVES_ZMM, bit_AVX2 | bit_AVX512F | bit_AVX512BW | bit_AVX512VL, \
+            bit_AVX512VBMI | bit_AVX512VBMI2 | bit_AVX512VNNI, edx)
