@@ -111,9 +111,15 @@ def bundled(**loading: Any) -> Any:
 
     import metal_marlin.hf
 
-    transformers.logging.disable_progress_bar()
-    with metal_marlin.hf.loading(**loading):
-        return transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32").eval()
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with metal_marlin.hf.loading(**loading):
+            return transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32").eval()
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def text_ids(tokens: int) -> torch.Tensor:
