@@ -34,7 +34,7 @@ CFLAGS = [
     "-Wextra",
     "-Wno-psabi",  # 8-wide vectors are passed to inlined functions only
 ]
-LIBRARIES = ["m", "dl"] if sys.platform.startswith("linux") else []
+LIBRARIES = ["m", "dl", "pthread"] if sys.platform.startswith("linux") else []
 
 
 def sources() -> list[str]:

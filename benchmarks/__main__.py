@@ -1,4 +1,4 @@
-"""python -m benchmarks NAME: the ops on a CPU, the dispatch investigation, comparing its reports, sharded experts."""
+"""python -m benchmarks NAME: the ops on a CPU, the dispatch investigation, comparing its reports, memory, sharding."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from benchmarks import sharding
 from benchmarks.cpu import command as cpu
 from benchmarks.dispatch import command, compare
+from benchmarks.memory import command as memory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, module, run, what in (
         ("cpu", cpu, cpu.run, "every op at every SIMD level, next to the other libraries here (docs/cpu.md)"),
         ("dispatch", command, command.run, "does queueing MoE layers pay? about two minutes (docs/dispatch.md)"),
+        ("memory", memory, memory.run, "loading, resident bytes, a cache of experts (docs/memory.md)"),
         ("sharding", sharding, sharding.run, "bytes and messages of experts spread over processes (docs/sharding.md)"),
         ("compare", compare, compare.run, "what changed between two reports of dispatch --json"),
     ):

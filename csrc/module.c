@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "cpu/cpu.h"
+#include "memory/python.h"
 #include "metal_queue/types.h"
 #include "mm.h"
 #include "mps/mps.h"
@@ -255,7 +256,7 @@ static int execute(PyObject *module) {
         }
         registered = true;
     }
-    return add_lists(module) && mm_metal_add_types(module, PyModule_GetState(module)) &&
+    return add_lists(module) && !PyModule_AddFunctions(module, mm_memory_methods) && mm_metal_add_types(module, PyModule_GetState(module)) &&
                    !PyModule_AddIntConstant(module, "MAX_EXPERTS", MM_MAX_EXPERTS) &&
                    !PyModule_AddIntConstant(module, "MAX_TOP_K", MM_MAX_TOP_K) &&
                    !PyModule_AddIntConstant(module, "NO_EXPERT", MM_NO_EXPERT) &&

@@ -1,4 +1,4 @@
-"""The command line: python -m metal_marlin {info, inspect, generate, perplexity, demo, selftest}.
+"""The command line: python -m metal_marlin {info, inspect, fit, repack, generate, perplexity, demo, selftest}.
 
 Owns the arguments and what an error looks like: a mistake of the user's is one line on stderr and exit status 2,
 anything else that fails one line and status 1, and --debug shows the traceback of either.
@@ -33,6 +33,15 @@ def parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--device", choices=("cpu", "mps"), default="cpu", help="where to run (default: %(default)s)")
 
+    memory = argparse.ArgumentParser(add_help=False)
+    memory.add_argument(
+        "--cache-gb",
+        type=float,
+        metavar="GB",
+        help="keep so much of the experts in memory, read the others when needed",
+    )
+    memory.add_argument("--no-check", action="store_true", help="load a model even if it doesn't fit into memory")
+
     top = argparse.ArgumentParser(prog="metal_marlin", description="Trellis-quantized (EXL3) models in PyTorch.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -46,7 +55,16 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("directory", metavar="DIR", help="a folder with safetensors; no weights are loaded")
     inspect.add_argument("--all", action="store_true", help="one line for every tensor, not for every group")
 
-    generate = commands.add_parser("generate", parents=[common, model], help="continue a text")
+    fit = commands.add_parser("fit", parents=[common, machine, model], help="whether a model fits into memory here")
+    fit.add_argument("--context", type=int, metavar="N", help="tokens in all (default: 4096, or the model's most)")
+
+    repack = commands.add_parser(
+        "repack", parents=[common], help="write a checkpoint anew with tiles at cache lines: runs faster when mapped"
+    )
+    repack.add_argument("directory", metavar="DIR", help="a folder with safetensors")
+    repack.add_argument("out", metavar="OUT", help="a new folder, which gets everything but pickles and subfolders")
+
+    generate = commands.add_parser("generate", parents=[common, model, memory], help="continue a text")
     generate.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
     generate.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="stop after N tokens (default: %(default)s)"
@@ -59,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
 
-    perplexity = commands.add_parser("perplexity", parents=[common, machine, model], help="perplexity on a text file")
+    perplexity = commands.add_parser(
+        "perplexity", parents=[common, machine, model, memory], help="perplexity on a text file"
+    )
     perplexity.add_argument("text", metavar="TEXT", help="a UTF-8 file; NUL separates documents")
     perplexity.add_argument("--windows", type=int, metavar="N", help="only the first N windows (default: all)")
     perplexity.add_argument(
@@ -94,6 +114,10 @@ def run(arguments: argparse.Namespace) -> int:
         from metal_marlin import cli_info as command
     elif arguments.command == "inspect":
         from metal_marlin import cli_inspect as command  # type: ignore[no-redef]
+    elif arguments.command == "fit":
+        from metal_marlin import cli_fit as command  # type: ignore[no-redef]
+    elif arguments.command == "repack":
+        from metal_marlin import cli_repack as command  # type: ignore[no-redef]
     elif arguments.command == "demo":
         from metal_marlin import cli_demo as command  # type: ignore[no-redef]
     elif arguments.command == "selftest":
@@ -118,7 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        mistake = isinstance(error, (ValueError, OSError, ImportError))  # what our checks and the file system raise
+        mistake = isinstance(error, (ValueError, OSError, ImportError, MemoryError)) and str(
+            error
+        )  # our checks, the files
         kind = "" if mistake else f"{type(error).__name__}: "
         print(f"metal_marlin: {kind}{error}", file=sys.stderr)
         if not mistake:

@@ -17,14 +17,22 @@ import torch
 
 from metal_marlin import perplexity as metrics
 from metal_marlin.mps import mps_problem
+from metal_marlin.weights import Checkpoint
 
 
-def load(directory: str | Path, dtype: str, device: str = "cpu") -> tuple[Any, Any]:
+def load(
+    directory: str | Path, dtype: str, device: str = "cpu", *, cache_gb: float | None = None, check: bool = True
+) -> tuple[Any, Any]:
     """(model, tokenizer) of a local folder, quantized or not. Nothing is fetched, and no code of the folder's is run.
 
-    FileNotFoundError: no folder, or one without config.json. ImportError: no transformers.
-    ValueError: what the loaders refuse, and "mps" where its backend is off.
+    cache_gb and check are those of metal_marlin.hf.loading, in GB. FileNotFoundError: no folder, or one without
+    config.json. ImportError: no transformers. ValueError: what the loaders refuse, and "mps" where its backend is off.
+    MemoryError: the model doesn't fit.
     """
+    if cache_gb is not None and not 0 < cache_gb < math.inf:
+        raise ValueError(f"--cache-gb is {cache_gb:g}; expected more than 0")
+    if cache_gb is not None and device == "mps":
+        raise ValueError("--cache-gb is set and --device is mps; experts are cached on the CPU only")
     if device == "mps" and (problem := mps_problem()):
         raise ValueError(f"--device is mps, which is off: {problem}")
     path = Path(directory)
@@ -35,7 +43,8 @@ def load(directory: str | Path, dtype: str, device: str = "cpu") -> tuple[Any, A
     try:
         import transformers
 
-        import metal_marlin.hf  # noqa: F401 -- registers EXL3 with transformers
+        import metal_marlin.hf
+        import metal_marlin.hf_memory
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("metal_marlin"):
             raise
@@ -44,17 +53,36 @@ def load(directory: str | Path, dtype: str, device: str = "cpu") -> tuple[Any, A
         ) from None
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **options)
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, **options)
+    cache_bytes = None if cache_gb is None else int(cache_gb * 1e9)
+    with metal_marlin.hf.loading(cache_bytes=cache_bytes, check=check):
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, **options)
+    if device == "mps" and check and model.config.to_dict().get("quantization_config"):
+        with Checkpoint(path) as checkpoint:
+            metal_marlin.hf_memory.check_fit(checkpoint, model.config.to_dict(), model.dtype, gpu=True)
     return model.eval().to(device), tokenizer
 
 
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    return load(
+        arguments.directory,
+        arguments.dtype,
+        arguments.device,
+        cache_gb=arguments.cache_gb,
+        check=not arguments.no_check,
+    )
+
+
 def resident_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers, each storage counted once."""
-    storages = {}
+    """Bytes of all parameters and buffers; memory that several of them show, as views of a file do, counts once."""
+    ranges = []
     for tensor in (*model.parameters(), *model.buffers()):
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+        ranges.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+    total, end = 0, 0
+    for first, last in sorted(ranges):
+        total += max(0, last - max(first, end))
+        end = max(end, last)
+    return total
 
 
 def windows_of(text: str, tokenizer: Any, length: int, limit: int | None) -> torch.Tensor:
@@ -95,7 +123,7 @@ def generate(arguments: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     if not prompt:
         raise ValueError("the prompt is empty")
-    model, tokenizer = load(arguments.directory, arguments.dtype, arguments.device)
+    model, tokenizer = _load(arguments)
     torch.manual_seed(arguments.seed)
     sampling: dict[str, Any] = {"do_sample": False}
     if arguments.temperature > 0:
@@ -111,7 +139,7 @@ def perplexity(arguments: argparse.Namespace) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not a file")
     text = file.read_text(encoding="utf-8")
-    model, tokenizer = load(arguments.directory, arguments.dtype, arguments.device)
+    model, tokenizer = _load(arguments)
     windows = windows_of(text, tokenizer, arguments.length, arguments.windows)
     result = metrics.perplexity(model, windows, batch=arguments.batch)
     if arguments.json:

@@ -1,20 +1,23 @@
 """Hugging Face transformers: `import metal_marlin.hf`, then from_pretrained of an EXL3 folder works.
 
 Importing registers the quantization method "exl3" and the experts implementation "metal_marlin" (hf_experts.py). Owns
-the hooks that transformers' loader calls, and the converters that join the experts of a file into stacks. What goes
-where is decided, and every shape, rate and name checked, before any weight is read (hf_plan.py). Weights are never
-expanded to a dense copy. Routers that the fused op can stand in for use it (hf_routers.py says which; the others keep
-transformers' own routing). Runs on the CPU. Checked with transformers 5.8 to 5.23. Contract:
-transformers/quantizers/base.py, core_model_loading.py.
+the hooks that transformers' loader calls. What goes where is decided, and every shape, rate and name checked, before
+any weight is used (hf_plan.py); then the loader is handed packed weights as the modules hold them, views of the mapped
+files, and everything else as it lies in the files. Weights are never expanded to a dense copy (memory: hf_memory.py).
+Routers that the fused op can stand in for use it (hf_routers.py says which; the others keep transformers' own routing).
+Runs on the CPU. Checked with transformers 5.8 to 5.23. Contract: transformers/quantizers/base.py,
+core_model_loading.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
-import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,6 @@ from torch import Tensor
 try:
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
     from transformers.integrations.moe import ExpertsInterface
     from transformers.quantizers import auto
     from transformers.quantizers.base import HfQuantizer
@@ -35,17 +37,19 @@ except ImportError as error:
     ) from error
 
 from metal_marlin.hf_experts import experts_forward
+from metal_marlin.hf_memory import check_fit, current, install_cache, loading
 from metal_marlin.hf_plan import PROJECTIONS, Plan, apply_plan, check_load, make_plan
 from metal_marlin.hf_routers import fuse_routers
 from metal_marlin.hf_sharding import expert_group, set_plan, shard_experts
+from metal_marlin.mapping import MappedFiles
 from metal_marlin.mps import mps_problem
 from metal_marlin.packed import TrellisStack
 from metal_marlin.safetensors_header import read_header
 from metal_marlin.sharding import ExpertGroup
-from metal_marlin.trellis import LEGACY, MARKERS, SCALES, unpack_signs
+from metal_marlin.trellis import MARKERS
 from metal_marlin.weights import Checkpoint
 
-__all__ = ["EXPERTS_IMPLEMENTATION", "METHOD", "Exl3Config", "Exl3Quantizer", "shard_experts"]
+__all__ = ["EXPERTS_IMPLEMENTATION", "METHOD", "Exl3Config", "Exl3Quantizer", "loading", "shard_experts"]
 
 METHOD = "exl3"
 EXPERTS_IMPLEMENTATION = "metal_marlin"
@@ -64,43 +68,17 @@ class Exl3Config(QuantizationConfigMixin):
                 setattr(self, name, value)
 
 
-class StackTrellis(ConversionOps):
-    """Joins the trellises of all experts into one flat buffer, with the table that says where each begins."""
+class Later:
+    """A tensor that is made when the loader takes it, to be sent to another device than the CPU."""
 
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Tensor]:
-        stack = _stack(kwargs)
-        (tensors,) = input_dict.values()
-        input_dict.clear()
-        shapes = [tuple(tensor.shape) for tensor in tensors]
-        if shapes != stack.shapes:
-            raise ValueError(f"{kwargs['full_layer_name']}: got experts of shapes {shapes}; expected {stack.shapes}")
-        flat = torch.empty(stack.trellis.shape, dtype=torch.int16, device=tensors[0].device)
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        for part in reversed(parts):  # from the end: each tensor is freed as soon as it is copied
-            part.copy_(tensors.pop().reshape(-1))
-        return dict(zip(target_patterns, (flat, stack.make_table(flat.device)), strict=True))
+    def __init__(self, make: Callable[[], Tensor], floating: bool) -> None:
+        self._make, self._floating = make, floating
 
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._make()[index]
 
-class DropMarkers(ConversionOps):
-    """Takes the codebooks' markers of all experts, whose values the pre-flight checked, and gives the table again."""
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Tensor]:
-        (tensors,) = input_dict.values()
-        return {target_patterns[0]: _stack(kwargs).make_table(tensors[0].device)}
-
-
-class UnpackSigns(ConversionOps):
-    """Legacy sign bits to float16 scales."""
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Any]:
-        (tensors,) = input_dict.values()
-        return {target_patterns[0]: [unpack_signs(tensor) for tensor in tensors]}
+    def is_floating_point(self) -> bool:
+        return self._floating
 
 
 class Exl3Quantizer(HfQuantizer):
@@ -112,7 +90,9 @@ class Exl3Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.plan = Plan()
         self.group: ExpertGroup | None = None
-        self.base = ""
+        self.checkpoint: Checkpoint | None = None
+        self.shares, self.cached = True, False
+        self.readahead: ReadAhead | None = None
         self.dtypes: dict[str, torch.dtype] = {}
         if not self.pre_quantized:
             raise ValueError(
@@ -158,27 +138,49 @@ class Exl3Quantizer(HfQuantizer):
             raise ValueError(f"dtype is {dtype}; expected one of {', '.join(map(str, DTYPES))}")
         return dtype
 
-    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Any = None, device_map: Any = None, **kwargs: Any
+    ) -> None:
         """The pre-flight; then swaps modules. `model` is on the meta device."""
         if type(model).__module__.split(".")[0] == "transformers_modules":
             raise ValueError(
                 f"{type(model).__name__} is code from a checkpoint; expected a model class of transformers"
             )
+        places = device_map.values() if isinstance(device_map, dict) else [device_map]
+        options = current()
         self.group = expert_group(model.config)
-        with torch.device("cpu"), _checkpoint(model.config, checkpoint_files) as checkpoint:
-            self.base = f"{model.base_model_prefix}."
-            self.plan = make_plan(model, checkpoint, get_model_conversion_mapping(model))
-            foreign = self._share(model, checkpoint)
-            with torch.device("meta"):
-                apply_plan(model, self.plan)
-            fuse_routers(model)
-            check_load(model, checkpoint, self.update_weight_conversions(get_model_conversion_mapping(model)), foreign)
+        with torch.device("cpu"):
+            checkpoint = _checkpoint(model.config, checkpoint_files, options.copy)
+            gpu = any(place is not None and torch.device(place).type != "cpu" for place in places)
+            self.shares = not gpu and not options.copy
+            check_fit(checkpoint, model.config.to_dict(), model.dtype, gpu, self.group.size if self.group else 1)
+            self.checkpoint, self.cached = checkpoint, options.cache_bytes is not None
+            reads, whole = self.shares and options.populate, self.group is None and not self.cached
+            if reads and whole:
+                self.readahead = ReadAhead(checkpoint.mapping, [(0, checkpoint.mapping.nbytes)])
+            try:
+                self.plan = make_plan(model, checkpoint, get_model_conversion_mapping(model))
+                foreign = self._share(model, checkpoint)
+                with torch.device("meta"):
+                    apply_plan(model, self.plan, checkpoint if self.shares else None)
+                fuse_routers(model)
+                check_load(model, checkpoint, self.plan, get_model_conversion_mapping(model))
+            except BaseException:
+                if self.readahead is not None:
+                    self.readahead.stop()
+                raise
+            if reads and not whole:
+                self.readahead = ReadAhead(checkpoint.mapping, self._wanted(foreign))
         self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
     def _share(self, model: Any, checkpoint: Checkpoint) -> set[str]:
         """Gives every rank its part of each layer's experts. Returns the names of the tensors that others load."""
         if self.group is None:
             return set()
+        if self.cached:
+            raise NotImplementedError(
+                "cache_bytes is set and the experts are spread over processes; expected one of them"
+            )
         counts = {layer.shape.experts for layer in self.plan.experts.values()}
         if not counts:
             raise ValueError(f"{type(model).__name__} has no quantized experts; expected some to spread over the ranks")
@@ -191,10 +193,6 @@ class Exl3Quantizer(HfQuantizer):
         for layer in self.plan.experts.values():
             layer.group = self.group
             foreign |= layer.foreign()
-        held = next(iter(self.plan.experts.values())).own
-        others = "|".join(str(e) for e in range(counts.pop()) if e not in held)
-        ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"\.experts\.(?:{others})\."}
-        model._keys_to_ignore_on_load_unexpected = ignored
         if getattr(model.config, "distributed_config", None) is not None:
             set_plan(model, self.plan.experts)
         return foreign
@@ -202,27 +200,58 @@ class Exl3Quantizer(HfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return False
 
-    def update_weight_conversions(self, weight_conversions: Sequence[Any], model: Any = None) -> list[Any]:
-        """Converters for what was swapped, then transformers' own, which still serve experts that are not quantized."""
-        own: list[WeightConverter] = []
-        for names, held in dict.fromkeys((layer.names, layer.own) for layer in self.plan.experts.values()):
-            for name, projection in zip(names, PROJECTIONS, strict=True):
-                own += _stack_converters(name, projection, held if self.group else None)
+    def state(self) -> dict[str, Any]:
+        """What the loader is to load, in place of the files' tensors: packed weights by their names in the model."""
+        checkpoint, state = self.checkpoint, dict[str, Any]()
+        assert checkpoint is not None
+        placed = [*self.plan.linears.values(), *(g for e in self.plan.experts.values() for g in e.groups.values())]
+        packed = {name for group in placed for name in group.names.values()}
+        for name in checkpoint.tensors:
+            if name not in packed:
+                state[name] = checkpoint.tensor(name)
         for path, group in self.plan.linears.items():
-            path = path.removeprefix(self.base)  # which the loader puts before it again, or takes off
-            for new, old in LEGACY.items():
-                if old in group.names:
-                    own.append(WeightConverter([rf"{re.escape(path)}\.{old}$"], [f"{path}.{new}"], [UnpackSigns()]))
-        return [*own, *weight_conversions]
+            tensor = checkpoint.linear(group.prefix)
+            parts = {"trellis": tensor.trellis, "suh": tensor.suh, "svh": tensor.svh, "bias": tensor.bias}
+            parts |= {marker: checkpoint.tensor(group.names[marker]) for marker in MARKERS if marker in group.names}
+            state |= {f"{path}.{part}": value for part, value in parts.items() if value is not None}
+        # A few stacks at a time: what goes to a GPU should not pile up here. The loader takes a stack's parts in turn.
+        stack_of = functools.lru_cache(4)(functools.partial(_stack, checkpoint, self.shares))
+        for path, layer in self.plan.experts.items():
+            for projection in PROJECTIONS:
+                prefixes = tuple(group.prefix for group in layer.projection(projection))
+                stack = functools.partial(stack_of, prefixes)
+                for part in ("trellis", "table", "suh", "svh", *(["bias"] if layer.shape.bias else [])):
+                    make = functools.partial(_buffer, stack, part)
+                    state[f"{path}.{projection}.{part}"] = make() if self.shares else Later(make, part[0] in "sb")
+        return state
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Casts what is still in the file's half precision: older loaders leave tensors uncast that they rename."""
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.dtype in HALVES and tensor.dtype != self.dtypes.get(name, tensor.dtype):
                 tensor.data = tensor.data.to(self.dtypes[name])
+        if self.checkpoint is not None and self.shares:
+            mapping = self.checkpoint.mapping
+            if self.cached:
+                model.metal_marlin_cache = install_cache(model, self.plan, self.checkpoint)
+            if self.readahead is not None:
+                self.readahead.wait()
+                mapping.check()
+            model.register_forward_pre_hook(FileCheck(mapping))
+        self.checkpoint = self.readahead = None
         if self.group:
             self.group.start()
         return model
+
+    def _wanted(self, foreign: set[str]) -> list[tuple[int, int]]:
+        """Where in the mapping lies what stays in memory here, in bytes from its beginning: not what others load, and
+        no experts that go to a cache."""
+        checkpoint = self.checkpoint
+        assert checkpoint is not None
+        experts = [group for layer in self.plan.experts.values() for group in layer.groups.values()]
+        left = foreign | ({group.names["trellis"] for group in experts} if self.cached else set())
+        infos = [info for name, info in checkpoint.tensors.items() if name not in left and info.nbytes]
+        return [(checkpoint.mapping.place(info), checkpoint.mapping.place(info) + info.nbytes) for info in infos]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         logger.warning(
@@ -240,32 +269,63 @@ class Exl3Quantizer(HfQuantizer):
         return True
 
 
-def _stack(kwargs: dict[str, Any]) -> TrellisStack:
-    """The stack that a converter's target belongs to."""
-    stack: TrellisStack = kwargs["model"].get_submodule(kwargs["full_layer_name"].rpartition(".")[0])
-    return stack
+class FileCheck:
+    """A forward pre-hook: OSError instead of wrong results, or of the process's end, if a mapped file has changed."""
+
+    def __init__(self, mapping: MappedFiles) -> None:
+        self.mapping = mapping
+
+    def __call__(self, module: Any, arguments: Any) -> None:
+        if not torch.compiler.is_compiling():  # what is compiled checks nothing
+            self.mapping.check()
 
 
-def _stack_converters(name: str, projection: str, held: range | None = None) -> list[WeightConverter]:
-    """From `experts.E.{name}.*` of a file to `experts.{projection}.*`, a TrellisStack; only of experts in `held`."""
-    which = r"\d+" if held is None else f"(?:{'|'.join(map(str, held))})"
-    source, target = rf"\.experts\.{which}\.{name}\.", f".experts.{projection}."
-    converters = [
-        WeightConverter([f"{source}trellis$"], [f"{target}trellis", f"{target}table"], [StackTrellis()]),
-        WeightConverter([f"{source}(?:{'|'.join(MARKERS)})$"], [f"{target}table"], [DropMarkers()]),
-    ]
-    for part in (*SCALES, "bias"):
-        converters.append(WeightConverter([f"{source}{part}$"], [f"{target}{part}"], [MergeModulelist(0)]))
-    for new, old in LEGACY.items():
-        converters.append(WeightConverter([f"{source}{old}$"], [f"{target}{new}"], [UnpackSigns(), MergeModulelist(0)]))
-    return converters
+class ReadAhead:
+    """A thread that reads ranges of a mapping into memory, while checks and the loader go through names.
+
+    Errors are left to whoever needs the bytes: the loader, or the check after it.
+    """
+
+    STEP = 256 << 20
+
+    def __init__(self, mapping: MappedFiles, ranges: Sequence[tuple[int, int]]) -> None:
+        self._mapping, self._ranges, self._stopped = mapping, ranges, threading.Event()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No more than a step is read from now on."""
+        self._stopped.set()
+
+    def wait(self) -> None:
+        """Until all is read."""
+        self._thread.join()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):
+            for begin, end in self._ranges:
+                for at in range(begin, end, self.STEP):
+                    if self._stopped.is_set():
+                        return
+                    self._mapping.populate(at, min(at + self.STEP, end))
 
 
-def _checkpoint(config: Any, files: Sequence[str] | None) -> Checkpoint:
+def _stack(checkpoint: Checkpoint, shares: bool, prefixes: tuple[str, ...]) -> TrellisStack:
+    """The stack of the matrices with these names; back to back if it isn't to stay where it is."""
+    experts = [checkpoint.linear(prefix) for prefix in prefixes]
+    return TrellisStack.from_experts(experts if shares else [replace(expert, place=None) for expert in experts])
+
+
+def _buffer(stack: Callable[[], TrellisStack], part: str) -> Tensor:
+    buffer: Tensor = stack().get_buffer(part)
+    return buffer
+
+
+def _checkpoint(config: Any, files: Sequence[str] | None, copy: bool) -> Checkpoint:
     """The checkpoint that transformers resolved to `files`."""
     if not files:
         raise ValueError("EXL3 weights come from a folder or a hub name; expected one instead of a state_dict")
-    return Checkpoint(_folder(config) or Path(files[0]).parent, files)
+    return Checkpoint(_folder(config) or Path(files[0]).parent, files, copy=copy)
 
 
 def _folder(config: Any) -> Path | None:
@@ -290,14 +350,14 @@ def _register() -> None:
     ExpertsInterface.register(EXPERTS_IMPLEMENTATION, experts_forward)
 
 
-def _refuse_unlabelled() -> None:
-    """Without a quantization_config, transformers would load an EXL3 folder as random dense weights and only warn.
+def _wrap_loading() -> None:
+    """The loading function itself is wrapped, for two things that no hook reaches.
 
-    No hook sees such a model, so the loading function itself is wrapped. It only ever adds an error.
+    What it loads: packed weights as the modules hold them, which converters could only make copies for. And without a
+    quantization_config, it would load an EXL3 folder as random dense weights and only warn: an error instead.
     """
     load = PreTrainedModel._load_pretrained_model
-    if hasattr(load, "refuses_unlabelled_exl3"):
-        return
+    load = getattr(load, "metal_marlin_wraps", load)  # an earlier import of this very module
     signature = inspect.signature(load)
 
     @functools.wraps(load)
@@ -311,9 +371,13 @@ def _refuse_unlabelled() -> None:
                     f"{file}: holds {name}, but config.json has no quantization_config; expected one with"
                     f" quant_method {METHOD!r}"
                 )
+        if isinstance(quantizer, Exl3Quantizer) and quantizer.checkpoint is not None:
+            call = signature.bind(*args, **kwargs)
+            call.arguments["state_dict"] = quantizer.state()
+            return load(*call.args, **call.kwargs)
         return load(*args, **kwargs)
 
-    checked.refuses_unlabelled_exl3 = True  # type: ignore[attr-defined]
+    checked.metal_marlin_wraps = load  # type: ignore[attr-defined]
     PreTrainedModel._load_pretrained_model = staticmethod(checked)
 
 
@@ -326,4 +390,4 @@ def _first_trellis(file: Path) -> str | None:
 
 
 _register()
-_refuse_unlabelled()
+_wrap_loading()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from metal_marlin.hf_activation import Activation, find_activation
 from metal_marlin.modules import TrellisExperts, TrellisLinear, TrellisStack
+from metal_marlin.packed import layout_of
 from metal_marlin.sharding import ExpertGroup, ShardedExperts, expert_range
 from metal_marlin.trellis import LEGACY, SCALES, pad128
 from metal_marlin.weights import Checkpoint, TrellisGroup, raise_problems
@@ -113,8 +114,11 @@ def make_plan(model: Any, checkpoint: Checkpoint, conversions: Sequence[Any]) ->
     return plan
 
 
-def apply_plan(model: Any, plan: Plan) -> None:
-    """Swaps the modules, on the device that the caller's context sets, and unties a quantized head."""
+def apply_plan(model: Any, plan: Plan, shared: Checkpoint | None = None) -> None:
+    """Swaps the modules, on the device that the caller's context sets, and unties a quantized head.
+
+    shared  the checkpoint whose memory the stacks of experts are to share, None for stacks of their own
+    """
     for path, group in plan.linears.items():
         old = model.get_submodule(path)
         sizes = old.in_features, old.out_features
@@ -126,7 +130,7 @@ def apply_plan(model: Any, plan: Plan) -> None:
                 config.tie_word_embeddings = False
     for path, layer in plan.experts.items():
         shape, act = layer.shape, layer.shape.activation
-        gate, up, down = (_empty_stack(layer.projection(projection), shape.bias) for projection in PROJECTIONS)
+        gate, up, down = (_empty_stack(layer.projection(projection), shape.bias, shared) for projection in PROJECTIONS)
         sizes, options = (shape.hidden, shape.intermediate), asdict(act)
         if layer.group is None:
             new = TrellisExperts(gate, up, down, *sizes, **options)
@@ -139,19 +143,21 @@ def apply_plan(model: Any, plan: Plan) -> None:
         model.set_submodule(path, new)
 
 
-def check_load(model: Any, checkpoint: Checkpoint, conversions: Sequence[Any], foreign: Collection[str] = ()) -> None:
-    """Goes through the loader's motions with names and shapes only. `conversions` has those of the swapped modules too;
-    `foreign` are tensors that other processes load.
+def check_load(model: Any, checkpoint: Checkpoint, plan: Plan, conversions: Sequence[Any]) -> None:
+    """Goes through the loader's motions with names and shapes only, after `apply_plan`.
 
-    ValueError lists tensors that are missing, extra or of a wrong shape.
+    ValueError lists tensors that are missing, extra or of a wrong shape. What the plan has a place for is whole: making
+    the plan has checked it.
     """
     expected: dict[str, Any] = model.state_dict()
     targets = {p: c.target_patterns for c in conversions if isinstance(c, WeightConverter) for p in c.source_patterns}
     renamed, plain = _renamer(model, conversions, expected), _renamer(model, [], expected)
     unused = _ignored(model)
-    found: set[str] = set()
+    packed = {name for group in checkpoint.groups.values() for name in group.names.values()}
+    swapped = tuple(f"{path}." for path in (*plan.linears, *plan.experts))
+    found = {key for key in expected if key.startswith(swapped)} if swapped else set[str]()
     problems: list[str] = []
-    for name in sorted(checkpoint.tensors.keys() - set(foreign), key=dot_natural_key):
+    for name in sorted(checkpoint.tensors.keys() - packed, key=dot_natural_key):
         key, pattern = renamed(name)
         if key not in expected and name in expected:
             key, pattern = plain(name)
@@ -195,8 +201,13 @@ def _place_expert(
     layer.groups[index, name] = group
 
 
-def _empty_stack(groups: list[TrellisGroup], bias: bool) -> TrellisStack:
-    return TrellisStack(groups[0].k, groups[0].n, [g.rate2 for g in groups], [g.codebook for g in groups], bias=bias)
+def _empty_stack(groups: list[TrellisGroup], bias: bool, shared: Checkpoint | None) -> TrellisStack:
+    rates2, codebooks = [group.rate2 for group in groups], [group.codebook for group in groups]
+    layout = None
+    if shared is not None:
+        infos = [shared.tensors[group.names["trellis"]] for group in groups]
+        layout = layout_of([shared.mapping.place(info) for info in infos], [info.nbytes // 2 for info in infos])
+    return TrellisStack(groups[0].k, groups[0].n, rates2, codebooks, bias=bias, layout=layout)
 
 
 def _is_stack(module: nn.Module | None) -> bool:

@@ -1,11 +1,12 @@
 """What modules with packed weights have in common, and the stack that holds one projection of all experts of a layer.
 
-Owns how packed weights keep their dtypes when a module is cast, the flat layout of a stack and its table, and the
-check that a loaded state belongs to the module. modules.py computes with them.
+Owns how packed weights keep their dtypes when a module is cast, the flat layout of a stack and its table, how a stack
+shares the memory of a mapped file, and the check that a loaded state belongs to the module. modules.py computes.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,16 +31,31 @@ class Packed(nn.Module):
         super()._apply(keep, recurse)
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
+        """Copies what the buffers show, not all the memory that they are views of."""
+        for buffer in self._buffers.values():
+            if buffer is not None and id(buffer) not in memo:
+                memo[id(buffer)] = buffer.clone()
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return new
+
 
 class TrellisStack(Packed):
     """One projection of all experts of a layer: weights only, TrellisExperts computes.
 
-    Buffers, for E experts of one padded size [k, n]: trellis int16 [elements], all experts' tiles back to back; table
-    int64 [E, 3], rows (offset into trellis, 2 * bits, codebook's index in metal_marlin._C.CODEBOOKS); suh float16 [E,
-    k]; svh float16 [E, n]; bias float16 [E, n] or None. Rates and codebooks may differ from expert to expert.
+    Buffers, for E experts of one padded size [k, n]: trellis int16 [elements], all experts' tiles; table int64 [E, 3],
+    rows (offset into trellis, 2 * bits, codebook's index in metal_marlin._C.CODEBOOKS); suh float16 [E, k]; svh float16
+    [E, n]; bias float16 [E, n] or None. Rates and codebooks may differ from expert to expert.
 
     rates2     2 * bits of every expert
     codebooks  codebook of every expert
+    layout     (offset of every expert, elements of the trellis); default: back to back
+
+    A stack of a checkpoint's experts is a view of the mapped file, from the first expert's tiles to the last one's,
+    with whatever lies between. It becomes a copy, back to back, when it moves to another device, is copied, or is
+    loaded into.
     ValueError: a codebook, rate or size that the format doesn't have, or more experts than the ops take.
     """
 
@@ -58,6 +74,7 @@ class TrellisStack(Packed):
         *,
         bias: bool = False,
         device: torch.device | str | None = None,
+        layout: tuple[Sequence[int], int] | None = None,
     ) -> None:
         super().__init__()
         if not 1 <= len(rates2) <= _C.MAX_EXPERTS or len(codebooks) != len(rates2):
@@ -67,7 +84,8 @@ class TrellisStack(Packed):
             )
         self.k, self.n, self.rates2, self.codebooks = k, n, tuple(rates2), tuple(codebooks)
         self.shapes = [trellis_shape(k, n, r / 2, c) for r, c in zip(self.rates2, self.codebooks, strict=True)]
-        experts, elements = len(self.rates2), sum(a * b * c for a, b, c in self.shapes)
+        offsets, elements = self._back_to_back() if layout is None else layout
+        self.offsets, experts = tuple(offsets), len(self.rates2)
         self.register_buffer("trellis", torch.zeros(elements, dtype=torch.int16, device=device))
         self.register_buffer("table", self.make_table(device))
         self.register_buffer("suh", torch.zeros(experts, k, dtype=torch.float16, device=device))
@@ -76,7 +94,10 @@ class TrellisStack(Packed):
 
     @classmethod
     def from_experts(cls, experts: Sequence[TrellisTensor]) -> TrellisStack:
-        """Copies the experts into one stack. ValueError if one is malformed or differs in size or in having a bias."""
+        """One stack of the experts: tiles are shared if all are mapped from one checkpoint, else copied, as scales are.
+
+        ValueError if an expert is malformed or differs in size or in having a bias.
+        """
         if not experts:
             raise ValueError("experts is empty; expected at least 1")
         first = experts[0].validate()
@@ -86,8 +107,12 @@ class TrellisStack(Packed):
                 found, want = ([t.k, t.n, "no bias" if t.bias is None else "bias"] for t in (tensor, first))
                 raise ValueError(f"{tensor.name}: is {found}; expected {want}, as {first.name}")
         rates2, codebooks = [t.rate2 for t in experts], [t.codebook for t in experts]
-        stack = cls(first.k, first.n, rates2, codebooks, bias=first.bias is not None, device="meta")
-        stack.trellis = torch.cat([tensor.trellis.reshape(-1) for tensor in experts])
+        layout = _shared_layout(experts)
+        stack = cls(first.k, first.n, rates2, codebooks, bias=first.bias is not None, device="meta", layout=layout)
+        if layout is None or first.place is None:
+            stack.trellis = torch.cat([tensor.trellis.reshape(-1) for tensor in experts])
+        else:
+            stack.trellis = first.place[0].span(first.place[1] - 2 * layout[0][0], layout[1], torch.int16)
         stack.table = stack.make_table(stack.trellis.device)
         stack.suh = torch.stack([tensor.suh for tensor in experts])
         stack.svh = torch.stack([tensor.svh for tensor in experts])
@@ -112,30 +137,91 @@ class TrellisStack(Packed):
 
     def make_table(self, device: torch.device | str | None = None) -> Tensor:
         """The table that belongs to the stack's rates and codebooks."""
-        rows, offset = [], 0
-        for (a, b, c), rate2, codebook in zip(self.shapes, self.rates2, self.codebooks, strict=True):
-            rows.append((offset, rate2, _C.CODEBOOKS.index(codebook)))
-            offset += a * b * c
+        codebooks = [_C.CODEBOOKS.index(codebook) for codebook in self.codebooks]
+        rows = list(zip(self.offsets, self.rates2, codebooks, strict=True))
         return torch.tensor(rows, dtype=torch.int64, device=device)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the tiles are where a file has them, rather than back to back."""
+        return self.offsets != self._back_to_back()[0]
+
+    def _back_to_back(self) -> tuple[tuple[int, ...], int]:
+        offsets, end = [], 0
+        for a, b, c in self.shapes:
+            offsets.append(end)
+            end += a * b * c
+        return tuple(offsets), end
+
+    def _own(self) -> None:
+        """Copies the tiles back to back, out of the file."""
+        self.trellis = self._gather(self.trellis, self.offsets)
+        self.offsets = self._back_to_back()[0]
+        self.table = self.make_table(self.table.device)
+
+    def _gather(self, trellis: Tensor, offsets: Sequence[int]) -> Tensor:
+        """The tiles of a trellis with these offsets, back to back."""
+        own, elements = self._back_to_back()
+        flat = torch.empty(elements, dtype=trellis.dtype, device=trellis.device)
+        for (a, b, c), begin, offset in zip(self.shapes, own, offsets, strict=True):
+            flat[begin : begin + a * b * c] = trellis[offset : offset + a * b * c]
+        return flat
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrellisStack:
+        if self.shared and fn(self.table) is not self.table:  # to another device, where only the tiles should go
+            self._own()
+        super()._apply(fn, recurse)
+        return self
+
+    def _owned(self) -> TrellisStack:
+        """Self, or a copy that owns its tiles and shares the rest."""
+        if not self.shared:
+            return self
+        own = TrellisStack.__new__(TrellisStack)
+        own.__dict__.update(self.__dict__, _buffers=dict(self._buffers))
+        own._own()
+        return own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrellisStack:
+        own = self._owned()
+        new: TrellisStack = super().__deepcopy__(memo) if own is self else copy.deepcopy(own, memo)  # type: ignore[assignment]
+        memo[id(self)] = new
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._owned().__dict__
 
     def expert(self, e: int) -> TrellisTensor:
         """The weights of one expert, sharing storage."""
         a, b, c = self.shapes[e]
-        begin = sum(x * y * z for x, y, z in self.shapes[:e])
+        begin = self.offsets[e]
         trellis = self.trellis[begin : begin + a * b * c].view(a, b, c)
         bias = None if self.bias is None else self.bias[e]
         return TrellisTensor(trellis, self.suh[e], self.svh[e], self.codebooks[e], bias, f"expert {e}")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Another stack's table would read the tiles at wrong places or rates: an error, like a wrong shape."""
-        table, errors = state_dict.get(f"{prefix}table"), args[-1]
+        table, trellis, errors = state_dict.get(f"{prefix}table"), state_dict.get(f"{prefix}trellis"), args[-1]
         if isinstance(table, Tensor) and table.device.type != "meta":
-            want = self.make_table("cpu")
-            if table.shape != want.shape or not torch.equal(table.cpu().to(torch.int64), want):
+            if self.shared:
+                self._own()
+            want, found = self.make_table("cpu"), table.cpu().to(torch.int64)
+            if found.shape != want.shape or not torch.equal(found[:, 1:], want[:, 1:]):
                 errors.append(
                     f"{prefix}table: is for 2 * bits and codebooks {table[:4, 1:].tolist()}...;"
                     f" expected {want[:4, 1:].tolist()}..., as the module was made with"
                 )
+            elif not torch.equal(found, want) and isinstance(trellis, Tensor):
+                offsets = found[:, 0].tolist()  # the other one shares a file's memory
+                ends = [o + a * b * c for o, (a, b, c) in zip(offsets, self.shapes, strict=True)]
+                if trellis.dim() != 1 or min(offsets) < 0 or max(ends) > trellis.numel():
+                    errors.append(
+                        f"{prefix}table: has offsets {min(offsets)} to {max(offsets)};"
+                        f" expected all tiles within {prefix}trellis, which is {list(trellis.shape)}"
+                    )
+                else:
+                    own = {f"{prefix}trellis": self._gather(trellis, offsets), f"{prefix}table": want}
+                    state_dict = {**state_dict, **own}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -155,3 +241,23 @@ def trellis_shape(k: int, n: int, bits: float, codebook: str) -> tuple[int, int,
     if problem:
         raise ValueError(f"trellis: {problem}")
     return shape
+
+
+def layout_of(begins: Sequence[int], counts: Sequence[int]) -> tuple[tuple[int, ...], int] | None:
+    """The layout of a stack over trellises that begin at these bytes of one memory and have so many elements.
+
+    None if they lie an odd number of bytes apart, which no view of int16 can show.
+    """
+    first = min(begins)
+    if any((begin - first) % 2 for begin in begins):
+        return None
+    offsets = tuple((begin - first) // 2 for begin in begins)
+    return offsets, max(offset + count for offset, count in zip(offsets, counts, strict=True))
+
+
+def _shared_layout(experts: Sequence[TrellisTensor]) -> tuple[tuple[int, ...], int] | None:
+    """The layout of a stack over experts of one mapping, None if they aren't."""
+    places = [tensor.place for tensor in experts if tensor.place is not None]
+    if len(places) < len(experts) or any(place[0] is not places[0][0] for place in places):
+        return None
+    return layout_of([place[1] for place in places], [tensor.trellis.numel() for tensor in experts])

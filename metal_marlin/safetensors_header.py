@@ -28,12 +28,13 @@ BITS = {dtype: bits for bits, dtypes in DTYPES_BY_BITS.items() for dtype in dtyp
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as its file's header describes it; `dtype` in safetensors' spelling, such as BF16."""
+    """One tensor as its file's header says; `dtype` in safetensors' spelling, such as BF16; `begin`: its first byte."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    begin: int
 
 
 def parse_json(file: Path, text: bytes) -> Any:
@@ -70,14 +71,14 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     infos: dict[str, TensorInfo] = {}
     ranges: list[tuple[int, int, str]] = []
     for name, entry in header.items():
-        infos[name], begin = _entry(file, name, entry)
-        ranges.append((begin, begin + infos[name].nbytes, name))
+        infos[name] = _entry(file, name, entry, 8 + length)
+        ranges.append((infos[name].begin - 8 - length, infos[name].begin - 8 - length + infos[name].nbytes, name))
     _check_cover(file, sorted(ranges), size - 8 - length)
     return infos
 
 
-def _entry(file: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
-    """One entry of the header, and where its bytes begin."""
+def _entry(file: Path, name: str, entry: Any, data: int) -> TensorInfo:
+    """One entry of the header; `data` is where the file's data begins."""
 
     def sizes(value: Any) -> bool:
         return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
@@ -94,7 +95,7 @@ def _entry(file: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
     nbytes = math.prod(shape) * BITS[dtype] // 8
     if offsets[1] - offsets[0] != nbytes:
         raise ValueError(f"{file}: {name}: data_offsets is {offsets}; expected {nbytes} bytes for {dtype} {shape}")
-    return TensorInfo(file, dtype, tuple(shape), nbytes), offsets[0]
+    return TensorInfo(file, dtype, tuple(shape), nbytes, data + offsets[0])
 
 
 def _check_cover(file: Path, ranges: list[tuple[int, int, str]], available: int) -> None:

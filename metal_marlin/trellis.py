@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from metal_marlin import _C
+from metal_marlin.mapping import MappedFiles
 
 UNMARKED = "3inst"  # the codebook of a matrix that is stored without a marker tensor
 MARKERS = tuple(name for name in _C.CODEBOOKS if name != UNMARKED)  # the marker is named after its codebook
@@ -63,6 +64,7 @@ class TrellisTensor:
     suh, svh  float16 [k] and [n]; bias: float16 [n] or None
     codebook  one of metal_marlin._C.CODEBOOKS
     name      only used in messages
+    place     (mapping, byte) where the trellis is mapped from a file, else None: what TrellisStack shares it by
 
     k and n are multiples of 128. A layer's true sizes may be smaller; they are not part of the tensor.
     """
@@ -73,6 +75,7 @@ class TrellisTensor:
     codebook: str
     bias: torch.Tensor | None = None
     name: str = "trellis tensor"
+    place: tuple[MappedFiles, int] | None = None
 
     @property
     def rate2(self) -> int:

@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from metal_marlin import _C
+from metal_marlin.mapping import MappedFiles
 from metal_marlin.safetensors_header import TensorInfo, parse_json, read_header
 from metal_marlin.trellis import (
     LEGACY,
@@ -81,6 +81,7 @@ class Checkpoint:
 
     directory  the folder
     files      its safetensors files, instead of the names above; they must lie inside the folder
+    copy       read tensors into memory of their own: for files that may change while the model is in use
 
     Opening reads and checks every header and every codebook marker, and no weights. ValueError lists what is wrong:
     nothing but pickles, malformed or truncated files, shards that are missing or outside the folder, groups with
@@ -90,11 +91,12 @@ class Checkpoint:
     .tensors {name: TensorInfo}, .groups {prefix: TrellisGroup}, .config (a dict), .nbytes, .files
     """
 
-    def __init__(self, directory: str | Path, files: Iterable[str | Path] | None = None) -> None:
+    def __init__(self, directory: str | Path, files: Iterable[str | Path] | None = None, *, copy: bool = False) -> None:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise FileNotFoundError(f"{self.directory} is not a directory")
-        self._open: dict[Path, Any] = {}
+        self._mapping: MappedFiles | None = None
+        self.copy = copy
         self.config = self._read_config()
         listed: dict[str, Path] = {}
         if files is None:
@@ -102,6 +104,7 @@ class Checkpoint:
         else:
             self.files = self._inside(self.directory, [Path(file) for file in files])
         self.tensors: dict[str, TensorInfo] = {}
+        self._sizes = {file: file.stat().st_size for file in self.files}
         for file in self.files:
             header = read_header(file)
             for name in self.tensors.keys() & header.keys():
@@ -147,14 +150,26 @@ class Checkpoint:
     # ------------------------------------------------------------------ loading
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, as stored, on the CPU. ValueError if the checkpoint has none of this name."""
+        """One tensor, as stored, on the CPU: a view of the mapped file. ValueError if there is none of this name."""
         if name not in self.tensors:
             raise ValueError(f"{self.directory} has no tensor {name}")
-        file = self.tensors[name].file
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt", device="cpu").__enter__()
-        loaded: torch.Tensor = self._open[file].get_tensor(name)
-        return loaded
+        loaded = self.mapping.tensor(self.tensors[name])
+        return loaded.clone() if self.copy else loaded
+
+    @property
+    def mapping(self) -> MappedFiles:
+        """The files in memory. OSError if one has changed since its header was read."""
+        if self._mapping is None:
+            mapping = MappedFiles(self.files)
+            for file in self.files:
+                if file.stat().st_size != self._sizes[file]:
+                    raise OSError(f"{file} has {file.stat().st_size} bytes; it had {self._sizes[file]} a moment ago")
+            self._mapping = mapping
+        return self._mapping
+
+    def check(self) -> None:
+        """OSError if a file has changed since it was opened: call it before computing with tensors that are views."""
+        self.mapping.check()
 
     def linear(self, prefix: str) -> TrellisTensor:
         """The matrix stored under `prefix`, such as model.layers.0.self_attn.q_proj. ValueError if there is none."""
@@ -166,8 +181,9 @@ class Checkpoint:
             for part in SCALES
         )
         bias = self.tensor(names["bias"]) if "bias" in names else None
+        place = None if self.copy else (self.mapping, self.mapping.place(self.tensors[names["trellis"]]))
         return TrellisTensor(
-            self.tensor(names["trellis"]), suh, svh, self.groups[prefix].codebook, bias, prefix
+            self.tensor(names["trellis"]), suh, svh, self.groups[prefix].codebook, bias, prefix, place
         ).validate()
 
     def count_experts(self, prefix: str, names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")) -> int:
@@ -199,9 +215,8 @@ class Checkpoint:
         return tuple([self.linear(f"{prefix}.{e}.{name}") for e in (every if only is None else only)] for name in names)
 
     def close(self) -> None:
-        """Closes the files; tensors that were loaded stay valid. Loading again opens them again."""
-        while self._open:
-            self._open.popitem()[1].__exit__(None, None, None)
+        """Lets go of the files; tensors that were loaded stay valid. Loading again opens them again."""
+        self._mapping = None
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -302,7 +317,8 @@ class Checkpoint:
             if (info.dtype, info.shape) != (dtype, want):
                 problems.append(f"{name}: is {info.dtype} {list(info.shape)}; expected {dtype} {list(want)}")
         if codebook in names and not problems:
-            value, multiplier = int(self.tensor(names[codebook]).item()), marker_value(codebook)
+            stored, multiplier = self.mapping.read(self.tensors[names[codebook]]), marker_value(codebook)
+            value = int.from_bytes(stored, "little", signed=True)
             if value != multiplier:
                 problems.append(f"{names[codebook]}: is {value}; expected {multiplier}, the multiplier of {codebook}")
         nbytes = sum(self.tensors[name].nbytes for name in names.values())

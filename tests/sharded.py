@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 import time
 from contextlib import suppress
@@ -14,7 +13,7 @@ import ranks
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import Qwen3MoeForCausalLM, core_model_loading  # here, so that ranks are forked with them
+from transformers import Qwen3MoeForCausalLM  # here, so that ranks are forked with them
 
 import metal_marlin._C as _C
 import metal_marlin.hf as hf
@@ -31,7 +30,7 @@ class Reads(Checkpoint):
 
     def __init__(self, directory: Path) -> None:
         self.read: set[str] = set()
-        super().__init__(directory)
+        super().__init__(directory, copy=True)  # to count bytes
 
     def tensor(self, name: str) -> torch.Tensor:
         self.read.add(name)
@@ -190,23 +189,23 @@ def model(rank: int, size: int, directory: Path, how: str) -> dict[str, Any]:
 
     transformers.utils.logging.disable_progress_bar()
     load = Qwen3MoeForCausalLM.from_pretrained
-    read: list[int] = []
-    materialize = getattr(core_model_loading, "_materialize_copy", None)  # a private name: of transformers 5.23
+    read: set[str] = set()
+    tensor = Checkpoint.tensor
 
-    def reading(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        read.append(math.prod(tensor.get_shape()))
-        return materialize(tensor, *args, **kwargs)
+    def reading(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+        read.add(name)
+        return tensor(checkpoint, name)
 
-    if materialize is not None:
-        core_model_loading._materialize_copy = reading
+    Checkpoint.tensor = reading  # type: ignore[method-assign]
     if how == "shard_experts":
-        with hf.shard_experts(ExpertGroup(timeout=20)):
+        with hf.shard_experts(ExpertGroup(timeout=20)), hf.loading(copy=True):  # copies, to count bytes
             loaded, info = load(directory, dtype=torch.float32, output_loading_info=True)
     else:
         # transformers asks for accelerate wherever there is a device map, but needs nothing of it for a single device
         transformers.integrations.accelerate.is_accelerate_available = lambda: True
         config = DistributedConfig(tp_size=size, ep_size=size)
-        loaded, info = load(directory, dtype=torch.float32, distributed_config=config, output_loading_info=True)
+        with hf.loading(copy=True):
+            loaded, info = load(directory, dtype=torch.float32, distributed_config=config, output_loading_info=True)
     ids = torch.arange(1, 12).reshape(1, -1)
     with torch.no_grad():
         logits = loaded(ids).logits
@@ -217,7 +216,7 @@ def model(rank: int, size: int, directory: Path, how: str) -> dict[str, Any]:
     return {
         "logits": logits,
         "text": text,
-        "read": None if materialize is None else sum(read),
+        "read": read,
         "sent": (group.collectives - before[0], group.nbytes - before[1]),
         "layers": [(layer.own.start, layer.own.stop, layer.total_experts) for layer in layers],
         "held": sum(t.nbytes for t in loaded.state_dict().values()),

@@ -243,7 +243,7 @@ def rows_of_moe(op: str) -> list[Row]:
             Row(op, f"{p}_table", put_at((1, 0), -16), ("-16",)),
             Row(op, f"{p}_table", put_at((2, 0), 10**9), (str(10**9),)),
             Row(op, f"{p}_table", put_at((2, 0), 2**63 - 8), (str(2**63 - 8),)),
-            Row(op, f"{p}_table", put_at((1, 0), 1), ("\\b1\\b",)),
+            Row(op, f"{p}_table", put_at((1, 0), -1), ("-1",)),
             Row(op, f"{p}_table", put_at((2, 1), 0), ("\\b0\\b",)),
             Row(op, f"{p}_table", put_at((2, 1), -4), ("-4",)),
             Row(op, f"{p}_table", put_at((2, 1), 17), ("17|8\\.5",)),

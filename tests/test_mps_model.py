@@ -18,19 +18,18 @@ def test_perplexity_and_decode(emulated: Any) -> None:
     """Two windows of 40 tokens (prefill kernels) within 1e-3 of the CPU's perplexity; one more token with a cache
     (decode kernels, where mul1's weights are not rounded) within 0.05 of its logits."""
     transformers = pytest.importorskip("transformers")
-    import metal_marlin.hf  # noqa: F401
+    import metal_marlin.hf
     from metal_marlin import TrellisExperts, TrellisLinear
     from metal_marlin.hf_routers import FusedRouter
 
     _C.use_mps_emulator(None)  # loading compares routers with the op, and would read results too early
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(MODEL), dtype=torch.float32).eval()
+    with metal_marlin.hf.loading(copy=True):  # tiles in a file may begin anywhere; .to("mps") makes aligned copies
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(MODEL), dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(MODEL))
     ids = torch.tensor(tokenizer((MODEL / "heldout.txt").read_text()[:2000]).input_ids[:81])
     windows = ids[:80].view(2, 40)
     ours = [m for m in model.modules() if isinstance(m, (TrellisLinear, TrellisExperts, FusedRouter))]
     assert len(ours) == 6 * (4 + 1 + 1) + 1  # four projections, experts and a router a layer, and the head
-    for buffer in model.buffers():  # tensors of a mapped file may begin anywhere; .to("mps") makes aligned copies
-        buffer.data = buffer.data.clone()
     for module in ours:  # what torch does next on the CPU would not wait for the emulated stream
         module.register_forward_hook(lambda *_: emulated.synchronize())
 

@@ -1,0 +1,1 @@
+"""Loading, residency and the expert cache: what docs/memory.md quotes."""

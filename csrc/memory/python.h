@@ -1,0 +1,9 @@
+/* The functions of memory/ for Python: metal_marlin/mapping.py and cached.py call them, nobody else. */
+#ifndef MM_MEMORY_PYTHON_H
+#define MM_MEMORY_PYTHON_H
+
+#include <Python.h>
+
+extern PyMethodDef mm_memory_methods[];
+
+#endif
