@@ -8,6 +8,7 @@
 #include "cpu/cpu.h"
 #include "mm.h"
 #include "mps/mps.h"
+#include "quantize/search.h"
 
 /* X(name, arguments, results) */
 #define STACK(p) "Tensor " p "_trellis, Tensor " p "_table, Tensor " p "_suh, Tensor " p "_svh, Tensor " p "_bias, "
@@ -28,6 +29,7 @@
       "(Tensor, Tensor, Tensor)")                                                                              \
     X(dequantize, "Tensor trellis, Tensor suh, Tensor svh, str codebook, int in_features, int out_features",   \
       "Tensor")                                                                                                \
+    X(trellis_quantize, "Tensor tiles, int rate2, str codebook", "(Tensor, Tensor)")                            \
     X(dispatch_kernel,                                                                                         \
       "str source, str name, Tensor(a!)[] tensors, int[] layout, int[] scalars, int[] grid, int[] group", "()")
 
@@ -712,6 +714,41 @@ static bool run_router(struct mm_call *call) {
     return mps_done(call, mm_mps_router(&run));
 }
 
+/* ---- trellis_quantize ---- */
+
+/* Beyond binary16, and so beyond any codebook's value by 16,000: float32 costs would no longer tell values apart. */
+#define MOST_QUANTIZED 65504.0f
+
+static bool run_trellis_quantize(struct mm_call *call) {
+    enum { TILES, RATE2, CODEBOOK };
+    struct mm_argument *rate2 = &call->arguments[RATE2];
+    int codebook;
+    if (on_mps(call)) return fail(call, "tiles is on the MPS device; the search runs on the CPU, and expects its tiles there");
+    if (!find_name(call, CODEBOOK, codebook_names, MM_CODEBOOK_COUNT, &codebook)) return false;
+    if (!rate_exists(codebook, rate2->integer))
+        return fail(call, "rate2 is %lld; expected twice the bits a weight: an even number from %d to %d%s for codebook %s",
+                    (long long)rate2->integer, MM_MIN_RATE2, MM_MAX_RATE2, codebook_half_rates[codebook] ? ", or 3, 5 or 7," : "",
+                    codebook_names[codebook]);
+    const struct mm_tensor *tiles = tensor_at(call, TILES);
+    if (tiles->dtype != mm_torch.aoti_torch_dtype_float32())
+        return fail(call, "tiles has dtype %s; expected float32", dtype_name(tiles->dtype).text);
+    if (tiles->dim < 2 || tiles->dim > 64 || tiles->sizes[tiles->dim - 2] != MM_TILE || tiles->sizes[tiles->dim - 1] != MM_TILE)
+        return fail(call, "tiles has shape %s; expected [..., 16, 16]", shape_text(tiles).text);
+    if (!make_contiguous(call, TILES)) return false;
+    tiles = tensor_at(call, TILES);
+    const float *x = tiles->data;
+    for (int64_t i = 0; i < tiles->numel; i++)
+        if (!(x[i] >= -MOST_QUANTIZED && x[i] <= MOST_QUANTIZED))
+            return fail(call, "tiles holds %g in tile %lld, row %d, column %d; expected finite numbers, at most 65504 in size", (double)x[i],
+                        (long long)(i / MM_TILE_WEIGHTS), (int)(i / MM_TILE % MM_TILE), (int)(i % MM_TILE));
+    int64_t sizes[64];
+    for (int64_t d = 0; d < tiles->dim; d++) sizes[d] = tiles->sizes[d];
+    float *values = new_output(call, 1, tiles->dim, sizes, tiles->dtype);
+    sizes[tiles->dim - 2] = MM_TILE_INT16(rate2->integer);
+    void *stream = values ? new_output(call, 0, tiles->dim - 1, sizes, mm_torch.aoti_torch_dtype_int16()) : NULL;
+    return stream && (mm_search(x, tiles->numel / MM_TILE_WEIGHTS, (int)rate2->integer, codebook, stream, values) || fail_memory(call));
+}
+
 /* ---- dispatch_kernel ---- */
 
 static size_t list_length(struct mm_call *call, int index) {
@@ -818,7 +855,7 @@ static bool parse_schema(struct mm_op *op) {
     while (text < end) {
         char type[16], name[sizeof op->names[0]];
         int length = 0;
-        if (op->arguments == MM_MAX_ARGUMENTS || sscanf(text, "%15s %23[a-z_]%n", type, name, &length) != 2) return false;
+        if (op->arguments == MM_MAX_ARGUMENTS || sscanf(text, "%15s %23[a-z_0-9]%n", type, name, &length) != 2) return false;
         op->types[op->arguments] = strstr(type, "[]") ? 'l' : type[0];
         memcpy(op->names[op->arguments++], name, sizeof name);
         text += length;
