@@ -143,12 +143,17 @@ class Calibration:
 
     @torch.no_grad()
     def moments(
-        self, part: Part, wanted: list[Matrix], report: Callable[[float], None] = lambda share: None
+        self,
+        part: Part,
+        wanted: list[Matrix],
+        *,
+        record_experts: bool = False,
+        report: Callable[[float], None] = lambda share: None,
     ) -> tuple[dict[str, Tensor], dict[str, list[tuple[Tensor, Tensor, Tensor]]]]:
         """Second moments E[x^T x] of the inputs of `wanted` linear layers, by name, padded to whole blocks.
 
-        If `wanted` is empty, everything of the layer is run but its experts, whose inputs are the second result:
-        {path: [(x [T, hidden], ids, router weights [T, top_k]), ...]}. A forward pass ends when all has been seen.
+        record_experts also returns what experts get, {path: [(x [T, hidden], ids, router weights [T, top_k]), ...]};
+        their results are zeros then. A forward pass ends when all has been seen.
         """
         sums: dict[str, Tensor] = {}
         shared: dict[str, str] = {}
@@ -166,14 +171,12 @@ class Calibration:
                     flat = x.reshape(-1, x.shape[-1]).float()
                     sums[path] = sums.get(path, 0) + flat.T @ flat
                 todo.discard(path)
-                if not todo and not records:
+                if not todo and not record_experts:
                     raise _Stop
 
             return capture
 
-        records: dict[str, Any] = {}
-        if not wanted or any(m.path.split(".")[-2].startswith("shared") for m in wanted):
-            records = {e.path: [] for e in part.experts}
+        records: dict[str, Any] = {e.path: [] for e in part.experts} if record_experts else {}
         for stand_in in stand_ins:
             stand_in.record = records.get(stand_in.experts.path)
         handles = [module.register_forward_pre_hook(hook(path)) for path, module in modules.items()]
@@ -229,7 +232,7 @@ class Calibration:
         handle = head.register_forward_pre_hook(capture)
         position = 0
 
-        def through(layer: nn.Module, hidden: Tensor) -> Tensor:
+        def through(layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return self.state[position : position + 1] if layer is self._layers()[-1] else hidden
 
         try:
