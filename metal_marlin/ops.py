@@ -190,27 +190,28 @@ def dequantize(
 
 
 def trellis_quantize(tiles: Tensor, rate2: int, codebook: str) -> tuple[Tensor, Tensor]:
-    """Quantizes tiles of 16 x 16 weights: each becomes the bit stream whose decoded values are closest to it, in the sum of
-    squared differences.
+    """Quantizes tiles of 16 x 16 weights: each becomes the bit stream whose decoded values are closest to it, by the sum
+    of squared differences.
 
-    Scales, rotations and the order in which a matrix's tiles are visited belong to the caller: the tiles are taken as they
-    are, in units of the codebook, whose values have a standard deviation of 1.24 (``"3inst"``, ``"mcg"``) or 1.00 (``"mul1"``).
+    Scales, rotations and the order in which a matrix's tiles are visited belong to the caller: tiles are taken as they
+    are, in units of the codebook, whose values have a standard deviation of 1.24 (3inst, mcg) or 1.00 (mul1).
 
     Args:
-        tiles: ``[..., 16, 16]`` float32 on the CPU, any strides, finite and at most 65504 in size; the second last dimension
-            counts inputs.
+        tiles: ``[..., 16, 16]`` float32 on the CPU, any strides, finite and at most 65504 in size; the second last
+            dimension counts inputs.
         rate2: twice the bits per weight: 2, 4, ... 16, and for ``"mul1"`` also 3, 5 and 7.
         codebook: ``"3inst"``, ``"mcg"`` or ``"mul1"``.
 
     Returns:
         packed ``[..., 8 * rate2]`` int16, each tile's stream as an EXL3 file's ``trellis`` holds it, and values
-        ``[..., 16, 16]`` float32, what it decodes to: the same bits at every SIMD level and for any number of threads.
+        ``[..., 16, 16]`` float32, what it decodes to. Both are the same bits at every SIMD level and for any number of
+        threads.
 
     Raises:
         RuntimeError: an argument does not fit; the message names it, what was expected and what came.
 
-    Source: the Viterbi algorithm (1967) on the format's circular streams (docs/format.md); csrc/quantize/search.c says how,
-    and how close it comes to the optimum.
+    Source: the Viterbi algorithm (1967) on the format's circular streams (docs/format.md); csrc/quantize/search.c says
+    how, and how close it comes to the optimum.
     """
     return _ops.trellis_quantize(tiles, rate2, codebook)  # type: ignore[no-any-return]
 

@@ -17,8 +17,12 @@ struct mm_search_level {
     void (*step)(float *next, const float *costs, const float *ordered, const float *x, int tiles, int bits, int next_bits);
 };
 
+/* Slowest first; NULL where the machine or the build lacks the level. */
 const struct mm_search_level *mm_search_scalar(void);
-#define MM_SEARCH_LEVELS(X) X(scalar)
+const struct mm_search_level *mm_search_neon(void);
+const struct mm_search_level *mm_search_avx2(void);
+const struct mm_search_level *mm_search_avx512(void);
+#define MM_SEARCH_LEVELS(X) X(scalar) X(neon) X(avx2) X(avx512)
 
 /* For each of count tiles, tiles [count, 16, 16] finite and at most 65504 in size: stream [count, MM_TILE_BYTES(rate2)] as files hold it,
  * and values [count, 16, 16], what it decodes to. False: out of memory. */
