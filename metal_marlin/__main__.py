@@ -1,4 +1,4 @@
-"""The command line: python -m metal_marlin {info, inspect, generate, perplexity, demo, selftest}.
+"""The command line: python -m metal_marlin {info, inspect, generate, perplexity, quantize, demo, selftest}.
 
 Owns the arguments and what an error looks like: a mistake of the user's is one line on stderr and exit status 2,
 anything else that fails one line and status 1, and --debug shows the traceback of either.
@@ -69,6 +69,16 @@ def parser() -> argparse.ArgumentParser:
         "--batch", type=int, metavar="N", help="windows in a forward pass (default: by vocabulary, up to 8)"
     )
 
+    from metal_marlin import cli_quantize
+
+    cli_quantize.add_arguments(
+        commands.add_parser(
+            "quantize", parents=[common], help="make an EXL3 folder of an unquantized one",
+            description="Makes an EXL3 folder, for exllamav3 and for this package, of an unquantized Hugging Face model."
+            " An interrupted run is taken up by the same command. docs/quantize.md says what to choose.",
+        )
+    )  # fmt: skip
+
     demo = commands.add_parser("demo", parents=[common], help="load the bundled model, measure it, and let it write")
     demo.add_argument("directory", metavar="DIR", nargs="?", help="another folder laid out like models/tiny-moe")
 
@@ -94,6 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
         from metal_marlin import cli_info as command
     elif arguments.command == "inspect":
         from metal_marlin import cli_inspect as command  # type: ignore[no-redef]
+    elif arguments.command == "quantize":
+        from metal_marlin import cli_quantize as command  # type: ignore[no-redef]
     elif arguments.command == "demo":
         from metal_marlin import cli_demo as command  # type: ignore[no-redef]
     elif arguments.command == "selftest":
