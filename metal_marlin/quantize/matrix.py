@@ -23,7 +23,7 @@ from metal_marlin import _C
 
 TILE, BLOCK = _C.TILE, _C.HADAMARD
 COLUMN_CHUNK_BYTES = 2**28  # of one float32 working matrix in the feedback loop
-RIDGE = 0.01  # added to M's diagonal, as a share of its mean
+RIDGE = 0.03  # added to M's diagonal, as a share of its mean
 BALANCE = 0.25  # how much of the inputs' sizes goes into suh; 0: none, each row of What gets the same variance
 SAMPLE_TILES = 12  # of each matrix, to find its scale
 SPREAD = 0.12  # the scale is sought in this range around the Gaussian optimum
@@ -157,7 +157,9 @@ def quantize_matrices(
     source = (w / suh.unsqueeze(2)).square().mean((1, 2)).sqrt().clamp_min(1e-30)  # RMS per unit of suh
     target = BEST_RMS[codebook][rate2]
     suh = suh * (source / target).unsqueeze(1)
-    suh = _fit_half(suh, svh, signs[:, :k])
+    shift = _shift(suh)
+    svh, w = svh / shift, w * shift.unsqueeze(2)
+    suh = (suh * shift * signs[:, :k]).half().float()
     factor = None if m is None else _feedback_of(m, suh)
     found = _scale(_rotated(w, suh), factor, rate2, codebook, search, tick)
     suh = (suh / found.unsqueeze(1)).half().float()
@@ -198,12 +200,10 @@ def _regularized(moments: Tensor | None, k: int) -> Tensor | None:
     return scaled + RIDGE * eye
 
 
-def _fit_half(suh: Tensor, svh: Tensor, signs: Tensor) -> Tensor:
-    """suh with signs and rounded to float16. Tiny scales are moved, as a power of two, into svh (in place)."""
-    smallest = suh.amin(1, keepdim=True)
-    shift = torch.where(smallest < 2.0**-13, torch.exp2(torch.ceil(-13 - torch.log2(smallest.clamp_min(1e-30)))), 1.0)
-    svh /= shift
-    return (suh * shift * signs).half().float()
+def _shift(suh: Tensor) -> Tensor:
+    """[B, 1] the power of two that takes tiny scales to where float16 has all its bits; svh makes up for it."""
+    smallest = suh.amin(1, keepdim=True).clamp_min(1e-30)
+    return torch.exp2((-13 - smallest.log2()).ceil().clamp(0, 24))
 
 
 def _rotated(w: Tensor, suh: Tensor) -> Tensor:
