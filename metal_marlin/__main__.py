@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     cli_quantize.add_arguments(
         commands.add_parser(
             "quantize", parents=[common], help="make an EXL3 folder of an unquantized one",
-            description="Makes an EXL3 folder, for exllamav3 and for this package, of an unquantized Hugging Face model."
+            description="Makes an EXL3 folder, for exllamav3 and this package, of an unquantized Hugging Face model."
             " An interrupted run is taken up by the same command. docs/quantize.md says what to choose.",
         )
     )  # fmt: skip

@@ -7,6 +7,7 @@ metal_marlin/quantize.
 from __future__ import annotations
 
 import argparse
+import importlib
 import platform
 import sys
 import warnings
@@ -36,10 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="UTF-8 text like what the model will read, NUL between documents; a megabyte is plenty. Without it the"
         " result is much worse",
     )  # fmt: skip
-    parser.add_argument("--rows", type=int, default=128, metavar="N", help="calibrate with N rows (default: %(default)s)")
-    parser.add_argument(
-        "--length", type=int, default=2048, metavar="N", help="of N tokens each (default: %(default)s)"
-    )
+    parser.add_argument("--rows", type=int, default=128, metavar="N", help="of calibration (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens in a row (default: %(default)s)")
     parser.add_argument(
         "--codebook", choices=CODEBOOKS, default="auto",
         help="mul1 is fastest on CPUs and alone has half rates; mcg is cheapest to decode on Apple GPUs (default: by"
@@ -76,10 +75,10 @@ def read_recipe(file: Path) -> dict[str, Any]:
     if file.suffix.lower() == ".toml":
         if sys.version_info < (3, 11):
             raise ValueError(f"{file}: TOML needs Python 3.11; expected JSON")
-        import tomllib
+        tomllib = importlib.import_module("tomllib")
 
         try:
-            return tomllib.loads(text.decode())
+            return dict(tomllib.loads(text.decode()))
         except ValueError as error:
             raise ValueError(f"{file}: malformed TOML: {error}") from None
     found = parse_json(file, text)

@@ -1,4 +1,4 @@
-"""The quantizer: what it writes is what the oracle decodes, loads everywhere, survives interruptions, and names bad input.
+"""The quantizer: what it writes is what the oracle decodes, loads everywhere, survives interruptions, names bad input.
 
 Most tests put a greedy search in the place of the real one: its codes are legal but poor, and it takes no time at any
 SIMD level. Decoding is the oracle's (reference.py).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -22,11 +23,10 @@ import reference
 import torch
 import transformers
 from checkpoints import FAMILIES
-from conftest import same_bits
 from safetensors.torch import load_file, save_file
 
 import metal_marlin.hf  # noqa: F401 -- registers EXL3
-from metal_marlin import Checkpoint, _C
+from metal_marlin import _C, Checkpoint
 from metal_marlin.__main__ import main
 from metal_marlin.cli_quantize import choose_codebook, read_recipe
 from metal_marlin.quantize import Options, matrix, quantize, rates, run, work
@@ -44,7 +44,7 @@ def order() -> torch.Tensor:
 
 
 def greedy(tiles: torch.Tensor, rate2: int, codebook: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Takes for every weight in turn the new bits that come closest; the last ones are zeros, so that the ring closes."""
+    """Takes for every weight in turn the new bits that come closest; the last are zeros, so that the ring closes."""
     values = reference.codebook(codebook).astype(np.float32)
     want = tiles.reshape(-1, 256)[:, order()].numpy()
     end = reference.last_bit(rate2)
@@ -86,8 +86,8 @@ def make_model(directory: Path, family: str = "qwen3_moe", dtype: torch.dtype = 
 
 
 SMALL = {
-    "hidden_size": 128, "num_hidden_layers": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 128,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 100,
+    "hidden_size": 128, "num_hidden_layers": 2, "num_experts": 2, "num_experts_per_tok": 1,
+    "moe_intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 100,
 }  # fmt: skip
 
 
@@ -199,11 +199,13 @@ def test_real_search_comes_near_the_bound(rng):
 # ---------------------------------------------------------------- whole models
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "qwen3_5_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "qwen3_5_moe"])
 def test_families(family, tmp_path):
-    """Every matrix lands where it belongs: the loaded model computes what the original does with the decoded weights."""
+    """Every matrix lands where it belongs: the loaded model computes what the original does with decoded weights."""
     names = {"num_experts", "num_local_experts", "n_routed_experts"} & FAMILIES[family].sizes.keys()
-    changes = {name: 3 for name in names} | ({"num_experts_per_tok": 2} if names else {})
+    changes = {"num_experts_per_tok": 2, **dict.fromkeys(names, 3)}
+    if family in ("qwen3_moe", "mixtral", "gpt_oss"):  # the others' two layers differ
+        changes["num_hidden_layers"] = 1
     model = make_model(tmp_path / "in", family, **changes).float()
     convert(tmp_path / "in", tmp_path / "out")
     checkpoint = Checkpoint(tmp_path / "out")
@@ -254,11 +256,12 @@ def test_files_look_like_exllamav3s(small, tmp_path):
     convert(small, tmp_path / "out")
 
     def kinds(checkpoint: Checkpoint) -> set[tuple[str, str, int]]:
-        names = {name: info for name, info in checkpoint.tensors.items() if ".experts." not in name or ".experts.1." in name}
-        return {(n, i.dtype, len(i.shape)) for n, i in names.items() if "layers" not in n or ".layers.1." in n}
+        some = {n: i for n, i in checkpoint.tensors.items() if ".experts." not in n or ".experts.1." in n}
+        return {(n, i.dtype, len(i.shape)) for n, i in some.items() if "layers" not in n or ".layers.1." in n}
 
     assert kinds(Checkpoint(tmp_path / "out")) == kinds(Checkpoint(theirs))
-    ours, other = (json.loads((d / "config.json").read_text())["quantization_config"] for d in (tmp_path / "out", theirs))
+    configs = [json.loads((d / "config.json").read_text()) for d in (tmp_path / "out", theirs)]
+    ours, other = (config["quantization_config"] for config in configs)
     assert {k: type(v) for k, v in ours.items()} == {k: type(v) for k, v in other.items()}
     assert (ours["bits"], ours["head_bits"], ours["codebook"]) == (4, 6, "mul1")
     storage = json.loads((tmp_path / "out" / "quantization_config.json").read_text())["tensor_storage"]
@@ -287,11 +290,13 @@ def test_tied_head_float32_and_other_codebooks(codebook, tmp_path):
 
 
 @pytest.mark.skipif(not FAST, reason="the search takes a quarter of a second for a tile here")
-def test_command(small, tmp_path, capsys):
+def test_command(tmp_path, capsys):
     """The whole way with the real search, and the result scored by `perplexity`."""
+    small = tmp_path / "in"
+    make_model(small, **{**SMALL, "num_hidden_layers": 1})
     (tmp_path / "text").write_text(TEXT)
-    arguments = ["--bits", "2.5", "--calibration", str(tmp_path / "text"), "--rows", "8", "--length", "64", "--for", "cpu"]
-    assert main(["quantize", str(small), str(tmp_path / "out"), *arguments]) == 0
+    arguments = ["--bits", "2.5", "--calibration", str(tmp_path / "text"), "--rows", "8", "--length", "64"]
+    assert main(["quantize", str(small), str(tmp_path / "out"), *arguments, "--for", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "mul1: CPUs multiply it in integers" in printed
     assert "bits per weight" in printed
@@ -301,10 +306,10 @@ def test_command(small, tmp_path, capsys):
         found.append(json.loads(capsys.readouterr().out)["perplexity"])
     assert found[1] == pytest.approx(found[0], rel=0.1)
     # what it decided is a recipe
-    again = ["quantize", str(small), str(tmp_path / "again"), "--recipe", str(tmp_path / "out" / work.REPORT)]
-    assert main([*again, "--codebook", "mul1"]) == 0
-    first, second = (Checkpoint(tmp_path / d).groups for d in ("out", "again"))
-    assert {p: g.bits for p, g in first.items()} == {p: g.bits for p, g in second.items()}
+    groups, recipe = Checkpoint(tmp_path / "out").groups, read_recipe(tmp_path / "out" / work.REPORT)
+    source = Source(tmp_path / "in")
+    fixed = rates.from_recipe(source, recipe, "mul1", 6)
+    assert {m.name: fixed[m.group] for m in source.everything()} == {name: g.rate2 for name, g in groups.items()}
 
 
 # ---------------------------------------------------------------- interruptions
@@ -389,7 +394,8 @@ def test_a_killed_process_leaves_nothing_whole(small, tmp_path):
         "t.convert(Path(sys.argv[1]), Path(sys.argv[2]), search=search)\n"
     )
     here = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    ended = subprocess.run([sys.executable, "-c", script, str(small), str(tmp_path / "out"), *here], capture_output=True)
+    command = [sys.executable, "-c", script, str(small), str(tmp_path / "out"), *here]
+    ended = subprocess.run(command, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ended.returncode == -9, ended.stderr.decode()
     assert not (tmp_path / "out").exists()
     assert json.loads((tmp_path / "out.quantizing" / work.MANIFEST).read_text())["files"]
@@ -526,7 +532,7 @@ UP = "model.layers.1.mlp.experts.1.up_proj.weight"
         (lambda t, c: t.update({UP: t[UP][:64].clone()}), rf"{UP}: has shape \[64, 128\]"),
         (lambda t, c: t.update({"model.layers.0.extra.weight": t[UP].clone()}), "extra.weight: is extra"),
         (lambda t, c: t.update({UP: t[UP].to(torch.int8)}), f"{UP}: is I8"),
-        (lambda t, c: t["model.layers.0.mlp.gate.weight"].fill_(1e5), "gate.weight: reaches 99840; expected at most 65504"),
+        (lambda t, c: t["model.layers.0.mlp.gate.weight"].fill_(1e5), "gate.weight: reaches 99840; expected at most"),
         (lambda t, c: c.update(model_type="nothing"), "no causal language model for model_type 'nothing'"),
         (lambda t, c: c.update(quantization_config={"quant_method": "fp8"}), "already quantized .fp8."),
     ],

@@ -8,7 +8,7 @@ weighted as the router weights them: an expert's error counts by that much in th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -183,10 +183,8 @@ class Calibration:
         try:
             for index in range(len(self.rows)):
                 todo, seen = set(modules), {}
-                try:
+                with suppress(_Stop):
                     self._forward(part, self.state[index : index + 1])
-                except _Stop:
-                    pass
                 report((index + 1) / len(self.rows))
         finally:
             for handle in handles:
@@ -238,10 +236,8 @@ class Calibration:
         try:
             with self._layers_replaced(through):
                 for position in range(len(self.rows)):
-                    try:
+                    with suppress(_Stop):
                         model(input_ids=self.rows[position : position + 1], use_cache=False)
-                    except _Stop:
-                        pass
         finally:
             handle.remove()
         assert total is not None
@@ -264,10 +260,8 @@ class Calibration:
 
         with self._layers_replaced(record):
             for row in self.rows:
-                try:
+                with suppress(_Stop):
                     self.source.model(input_ids=row.unsqueeze(0), use_cache=False)
-                except _Stop:
-                    pass
         return torch.cat(states)
 
     def _layers(self) -> list[nn.Module]:
@@ -282,7 +276,7 @@ class Calibration:
 
         try:
             for layer in layers:
-                layer.forward = bound(layer)  # type: ignore[method-assign]
+                layer.forward = bound(layer)
             yield
         finally:
             for layer in layers:

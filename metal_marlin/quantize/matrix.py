@@ -219,7 +219,7 @@ def _feedback_of(m: Tensor, suh: Tensor) -> Tensor:
     for share in (0.0, 1e-4, 1e-2):
         try:
             return feedback(scaled + share * ridge)
-        except torch.linalg.LinAlgError:
+        except RuntimeError:  # LinAlgError is one
             continue
     raise ValueError("second moments of the inputs: not positive definite, even with 1 % on the diagonal")
 

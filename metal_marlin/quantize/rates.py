@@ -146,7 +146,7 @@ def measure(
 
 
 def _moments(state: Calibration, part: Part) -> Callable[[Matrix], Tensor]:
-    """Second moments of every matrix's inputs in the unquantized layer; those of experts are computed when asked for."""
+    """Second moments of every matrix's inputs in the unquantized layer; those of experts when asked for."""
     dense, records = state.moments(part, part.matrices, record_experts=bool(part.experts))
     routed = {path: Routed(calls) for path, calls in records.items()}
     places: dict[str, tuple[Experts, int, str]] = {}

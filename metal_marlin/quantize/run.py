@@ -7,6 +7,7 @@ matrix goes through is in matrix.py, rates are in rates.py, files in work.py.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from metal_marlin import _C, ops
+from metal_marlin._version import __version__
 from metal_marlin.perplexity import cut_windows, token_ids
 from metal_marlin.quantize import rates as allocation
 from metal_marlin.quantize.calibrate import Calibration, ExpertsStandIn, Routed
@@ -146,7 +148,7 @@ class _Run:
             str(self.source.directory), local_files_only=True, trust_remote_code=False
         )
         if not text.strip():
-            raise ValueError("the calibration text is empty; expected a few hundred kilobytes like what the model reads")
+            raise ValueError("the calibration text is empty; expected some hundred kilobytes like what it will read")
         ids = token_ids(
             text, lambda part: tokenizer.encode(part, add_special_tokens=False, verbose=False), tokenizer.eos_token_id
         )  # fmt: skip
@@ -205,7 +207,7 @@ class _Run:
         largest = max(4 * sum(m.weights for m in part.everything()) for part in self.source.parts)
         widest = max(m.k for m in self.source.everything())
         batch = BATCH_BYTES + 6 * 4 * max(m.weights for m in self.source.everything()) + 4 * 4 * widest**2
-        states = 0 if self.rows is None else 3 * 4 * self.rows.numel() * self.source.config.hidden_size
+        states = 0 if self.rows is None else 4 * 4 * self.rows.numel() * self.source.config.hidden_size
         return largest + batch + states + 2**29
 
     def _bytes(self, part: Part) -> int:
@@ -226,7 +228,7 @@ class _Run:
         facts: dict[str, Any] = {}
         if part.everything():
             if state is None:
-                self._code(part.everything(), self._moments_none, None, tensors, facts)
+                self._code(part.everything(), None, None, tensors, facts)
             elif part.path:
                 state.load(part)
                 self._make_layer(part, state, tensors, facts)
@@ -234,8 +236,8 @@ class _Run:
                 state.unload(part)
             else:
                 state.load(part)
-                m = state.head_moments(part)
-                self._code(part.matrices, lambda matrix: m, state, tensors, facts)
+                moments = dict.fromkeys([m.name for m in part.matrices], state.head_moments(part))
+                self._code(part.matrices, moments, state, tensors, facts)
                 state.unload(part)
         work.save(index, tensors, facts)
         if not facts:
@@ -254,10 +256,10 @@ class _Run:
         early, later = [m for m in part.matrices if not late(m)], [m for m in part.matrices if late(m)]
         if early:
             moments, _ = state.moments(part, early)
-            self._code(early, lambda m: moments[m.name], state, tensors, facts)
+            self._code(early, moments, state, tensors, facts)
         if later or part.experts:
             moments, records = state.moments(part, later, record_experts=bool(part.experts))
-            self._code(later, lambda m: moments[m.name], state, tensors, facts)
+            self._code(later, moments, state, tensors, facts)
             for experts in part.experts:
                 stand_in = self.source.model.get_submodule(experts.path)
                 self._make_experts(stand_in, Routed(records[experts.path]), state, tensors, facts)
@@ -280,19 +282,19 @@ class _Run:
                 found: dict[int, tuple[Tensor, int]] = {}
                 k = matrices[0, projections[0]].k
                 for e in chosen:
-                    inner = None if len(projections) == 2 else (lambda x, e=e: stand_in.inner(x, e))
+                    inner = None if len(projections) == 2 else functools.partial(stand_in.inner, e=e)
                     found[e] = routed.moments(e, k, inner)
-                of = {id(matrices[e, p]): found[e] for e in chosen for p in projections}
                 for projection in projections:
-                    group = [matrices[e, projection] for e in chosen]
-                    self._code(group, lambda m, of=of: of[id(m)][0], state, tensors, facts)
-                    for matrix in group:
-                        facts[matrix.name]["tokens"] = of[id(matrix)][1]
+                    group = {e: matrices[e, projection] for e in chosen}
+                    moments = {matrix.name: found[e][0] for e, matrix in group.items()}
+                    self._code(group.values(), moments, state, tensors, facts)
+                    for e, matrix in group.items():
+                        facts[matrix.name]["tokens"] = found[e][1]
 
     def _code(
         self,
         matrices: Iterable[Matrix],
-        moments: Callable[[Matrix], Tensor | None],
+        moments: dict[str, Tensor] | None,
         state: Calibration | None,
         tensors: dict[str, Tensor],
         facts: dict[str, Any],
@@ -309,8 +311,7 @@ class _Run:
                 for w, matrix in zip(weights, batch, strict=True):
                     value = self.source.weight(matrix) if state is None else state.get(matrix)
                     w[: matrix.in_features, : matrix.out_features] = value
-                found = [moments(matrix) for matrix in batch]
-                stacked = None if found[0] is None else torch.stack([m for m in found if m is not None])
+                stacked = None if moments is None else torch.stack([moments[matrix.name] for matrix in batch])
                 seeds = [matrix.seed for matrix in batch]
                 codebook = self.options.codebook
                 coded, _ = quantize_matrices(
@@ -346,10 +347,6 @@ class _Run:
         state.advance(part)
         state.unload(part)
 
-    @staticmethod
-    def _moments_none(matrix: Matrix) -> None:
-        return None
-
     def _tick(self, tiles: int) -> None:
         self.tiles_done += tiles
         if sys.stderr.isatty():
@@ -376,7 +373,8 @@ class _Run:
         }  # fmt: skip
         facts = {name: fact for entry in work.manifest["files"].values() for name, fact in entry["facts"].items()}
         report = {
-            "codebook": options.codebook, "bits": bits, "rates": {g: _number(r / 2) for g, r in self.rates.items()},
+            "quantizer": f"metal_marlin {__version__}", "options": asdict(options), "bits": bits,
+            "rates": {group: _number(rate2 / 2) for group, rate2 in self.rates.items()},
             "matrices": facts,
         }  # fmt: skip
         work.finish(source.directory, source.checkpoint.config, quantization, report)

@@ -1,7 +1,7 @@
 """The unquantized model: which matrices there are, what files call them, and one decoder layer of it at a time.
 
-Owns the skeleton (transformers' own classes; weights on the meta device until a layer is loaded) and the mapping between
-names in files and places in the model. Nothing is unpickled and no code of the folder's is run.
+Owns the skeleton (transformers' own classes; weights on the meta device until a layer is loaded) and the mapping
+between names in files and places in the model. Nothing is unpickled and no code of the folder's is run.
 """
 
 from __future__ import annotations
@@ -291,14 +291,14 @@ class Source:
                 problems += self._place_experts(stacks[path], separate.get(path, {}), found, done)
             elif isinstance(module, nn.Linear) and self._quantized(path, part):
                 weight = f"{path}.weight"
-                name = found.get(weight) or found.get(tied.get(weight, ""))
-                if name is None:
+                stored = found.get(weight) or found.get(tied.get(weight, ""))
+                if stored is None:
                     problems.append(f"{weight}: is missing; {type(self.model).__name__} needs it")
                     continue
-                own = name.removesuffix(".weight") if weight in found else path
+                own = stored.removesuffix(".weight") if weight in found else path
                 bias = found.get(f"{path}.bias") if module.bias is not None else None
                 matrix = Matrix(
-                    own, path, self._group(path), name, "", module.in_features, module.out_features, bias
+                    own, path, self._group(path), stored, "", module.in_features, module.out_features, bias
                 )  # fmt: skip
                 (parts[-1] if part is None else part).matrices.append(matrix)
                 done |= {weight, f"{path}.bias"}
@@ -355,7 +355,7 @@ class Source:
                 fused = f"{path}.{'down_proj' if down else 'gate_up_proj'}"
                 if (e, f"{own}.weight") in files:
                     tensor, prefix = files.pop((e, f"{own}.weight"))
-                    bias = files.pop((e, f"{own}.bias"), (None, ""))[0]
+                    bias = files.pop((e, f"{own}.bias"), (None,))[0]
                     matrix = Matrix(prefix, path, group, tensor, "", *sizes, bias)
                     if self.checkpoint.tensors[tensor].shape != (sizes[1], sizes[0]):
                         actual = list(self.checkpoint.tensors[tensor].shape)
@@ -396,7 +396,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(self, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
 """The output folder while it is being made, and how it becomes one.
 
-Everything is written to OUT.quantizing beside OUT, one file a finished part (decoder layer), each complete before it gets
-its name. manifest.json there says what the files belong to. When all are there the folder is renamed to OUT: a folder
-of that name is whole, and one that was interrupted is not mistaken for it (it has no config.json). Owns names, the
+Everything is written to OUT.quantizing beside OUT, one file a finished part (decoder layer), each complete before it
+gets its name. manifest.json there says what the files belong to. When all are there the folder is renamed to OUT: a
+folder of that name is whole, and one that was interrupted is not taken for it (it has no config.json). Owns names, the
 manifest, the lock against a second process, and the JSON files of a finished checkpoint.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from metal_marlin import _C
-from metal_marlin._version import __version__
 from metal_marlin.safetensors_header import parse_json
 from metal_marlin.trellis import MARKERS
 
@@ -56,7 +54,8 @@ class Work:
             before = found.get("identity", {})
             differing = [key for key in {**before, **self.identity} if before.get(key) != self.identity.get(key)]
             if differing:
-                changes = "; ".join(f"{k} was {before.get(k)!r}, is {self.identity.get(k)!r}" for k in sorted(differing))
+                now = self.identity
+                changes = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted(differing))
                 self.close()
                 raise ValueError(
                     f"{self.folder} holds an interrupted run with other settings ({changes}): finish it with those, or"
@@ -97,15 +96,16 @@ class Work:
         file = self.folder / self.name(index)
         temporary = file.with_name(f"{file.name}.tmp")
         try:
-            save_file(tensors, temporary, {"format": "pt", "quantizer": f"metal_marlin {__version__}"})
+            save_file(tensors, temporary, {"format": "pt"})
+            temporary.chmod(0o666 & ~_umask())
             _sync(temporary)
             os.replace(temporary, file)
         except Exception as error:  # safetensors has its own class for a full disk
             temporary.unlink(missing_ok=True)
             if isinstance(error, OSError) or "error" in type(error).__name__.lower():
                 raise OSError(
-                    f"{file}: can't be written: {error}. Finished layers are kept in {self.folder}: the same command goes"
-                    " on from there"
+                    f"{file}: can't be written: {error}. Finished layers are kept in {self.folder}: the same command"
+                    " goes on from there"
                 ) from error
             raise
         storage = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
@@ -117,7 +117,9 @@ class Work:
 
     # ------------------------------------------------------------------ the end
 
-    def finish(self, source: Path, config: dict[str, Any], quantization: dict[str, Any], report: dict[str, Any]) -> None:
+    def finish(
+        self, source: Path, config: dict[str, Any], quantization: dict[str, Any], report: dict[str, Any]
+    ) -> None:
         """Adds the JSON files and the tokenizer, and gives the folder its name."""
         weight_map: dict[str, str] = {}
         storage: dict[str, Any] = {}
@@ -164,8 +166,6 @@ def check_free(out: Path) -> None:
         raise ValueError(f"{out} exists and isn't an empty folder; expected a name that is free")
 
 
-
-
 def _product(shape: list[int]) -> int:
     result = 1
     for size in shape:
@@ -191,6 +191,12 @@ def _write(file: Path, text: str) -> None:
     temporary.write_text(text, encoding="utf-8")
     _sync(temporary)
     os.replace(temporary, file)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync(file: Path) -> None:
