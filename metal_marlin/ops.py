@@ -190,7 +190,7 @@ def dequantize(
 
 
 def trellis_quantize(tiles: Tensor, rate2: int, codebook: str) -> tuple[Tensor, Tensor]:
-    """Quantizes tiles of 16 x 16 weights: each becomes the bit stream whose decoded values are closest to it, by the sum
+    """Quantizes tiles of 16 x 16 weights: each becomes the stream whose decoded values are closest to it in the sum
     of squared differences.
 
     Scales, rotations and the order in which a matrix's tiles are visited belong to the caller: tiles are taken as they

@@ -7,19 +7,21 @@ static void order(float *ordered, const float *values, int bits, int next_bits) 
     memcpy(ordered, values, MM_STATES * sizeof *ordered);
 }
 
-static void step(float *next, const float *costs, const float *ordered, const float *x, int tiles, int bits, int next_bits) {
-    const uint32_t nodes = 1u << (MM_WINDOW_BITS - next_bits);
-    for (int tile = 0; tile < tiles; tile++, costs += MM_STATES >> bits, next += nodes)
-        for (uint32_t node = 0; node < nodes; node++) {
-            float best = INFINITY;
-            for (uint32_t state = node; state < MM_STATES; state += nodes) {
-                float cost = mm_fused_square(x[tile] - ordered[state], costs[state >> bits]);
-                best = cost < best ? cost : best;
-            }
-            next[node] = best;
+static void step(float *next, const float *costs, const float *ordered, float x, int bits, int next_bits) {
+    const int nodes = MM_STATES >> next_bits;
+    for (int node = 0; node < nodes; node++) {
+        float best = INFINITY;
+        for (int state = node; state < MM_STATES; state += nodes) {
+            float cost = mm_fused_square(x - ordered[state], costs[state >> bits]);
+            best = cost < best ? cost : best;
         }
+        next[node] = best;
+    }
 }
 
-static const struct mm_search_level level = {"scalar", order, step};
+#define add_square_float mm_fused_square
+#include "quantize/narrow.h"
+
+static const struct mm_search_level level = {"scalar", order, step, narrow};
 
 const struct mm_search_level *mm_search_scalar(void) { return &level; }
