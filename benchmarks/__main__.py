@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, module, run, what in (
         ("cpu", cpu, cpu.run, "every op at every SIMD level, next to the other libraries here (docs/cpu.md)"),
         ("dispatch", command, command.run, "does queueing MoE layers pay? about two minutes (docs/dispatch.md)"),
-        ("quality", quality, quality.run, "perplexity against bytes, weight error against the bound (docs/quantize.md)"),
+        ("quality", quality, quality.run, "perplexity against bytes, and weight errors (docs/quantize.md)"),
         ("compare", compare, compare.run, "what changed between two reports of dispatch --json"),
     ):
         one = names.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")

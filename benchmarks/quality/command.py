@@ -1,8 +1,8 @@
 """python -m benchmarks quality: perplexity against bits and bytes, and a table of weight errors.
 
-Perplexity is that of `python -m metal_marlin perplexity`, all formats on the same windows in one run. The scalar formats
-are applied to the linear layers of the decoder; the head gets 6 bits in groups of 64, as the head of the trellis
-checkpoints has 6 bits, and embeddings stay as they are. No GGUF types yet: they need a library of their own.
+Perplexity is that of `python -m metal_marlin perplexity`, all formats on the same windows in one run. The scalar
+formats are applied to the linear layers of the decoder; the head gets 6 bits in groups of 64, as the head of the
+trellis checkpoints has 6 bits, and embeddings stay as they are. No GGUF types yet: they need a library of their own.
 """
 
 from __future__ import annotations
@@ -106,10 +106,9 @@ def perplexities(arguments: argparse.Namespace) -> Iterator[Row]:
         yield Row(f"ours, {directory}", *measure_folder(Path(directory)), perplexity(quantized, windows).perplexity)
         del quantized
     for form in [] if arguments.no_scalar else FORMATS:
+        model, _ = load(arguments.model, "float32")
         saved = apply(model, form)
         yield Row(form.name, form.bits, round(size - saved), perplexity(model, windows).perplexity)
-        del model
-        model, _ = load(arguments.model, "float32")
 
 
 def measure_folder(directory: Path) -> tuple[float, int]:

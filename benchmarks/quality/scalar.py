@@ -39,7 +39,8 @@ def affine(bits: int, group: int) -> Scalar:
         scale = ((high - low) / (2**bits - 1)).clamp_min(1e-7).half().float()
         offset = low.half().float()
         levels = ((w - offset) / scale).round().clamp(0, 2**bits - 1)
-        return (levels * scale + offset).reshape(weight.shape)
+        result: Tensor = (levels * scale + offset).reshape(weight.shape)
+        return result
 
     return Scalar(f"affine {bits} bits, group {group}", bits + 32 / group, rounded)
 
