@@ -21,7 +21,7 @@ from metal_marlin.quantize.calibrate import Calibration, Routed
 from metal_marlin.quantize.matrix import DISTORTION, gaussian_search, quantize_matrices
 from metal_marlin.quantize.source import HEAD, Experts, Matrix, Part, Source
 
-MEASURED_ROWS = 8
+MEASURED_TOKENS = 16384
 # Without calibration: how much an error in a weight counts, by what the group is called; measured on small models
 GUESSED = (("experts.", 1.0), ("shared_expert", 8.0), ("mlp.", 2.0), ("", 8.0))
 
@@ -113,7 +113,7 @@ def measure(
     A few calibration rows go through the unquantized model. In each layer every group in turn goes through the whole
     method with Gaussian noise for the search, so the error has the shape that feedback gives it, and the layer runs.
     """
-    count = min(MEASURED_ROWS, len(rows))
+    count = min(-(-MEASURED_TOKENS // rows.shape[1]), len(rows))
     state = Calibration(source, rows[torch.linspace(0, len(rows) - 1, count).round().long()])
     rate2 = min(_C.RATES2[codebook], key=lambda rate: abs(rate / 2 - bits))
     result: dict[str, float] = {}
