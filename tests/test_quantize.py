@@ -31,6 +31,7 @@ from metal_marlin.__main__ import main
 from metal_marlin.cli_quantize import choose_codebook, read_recipe
 from metal_marlin.quantize import Options, matrix, quantize, rates, run, work
 from metal_marlin.quantize.source import Source
+from metal_marlin.weights import REPORT_FILE
 
 TEXT = "".join(chr(32 + (7 * i + i * i // 11) % 90) for i in range(6000))
 PLENTY = Options(4, 6, "mul1", uniform=True, rows=8, length=64)
@@ -250,7 +251,7 @@ def with_stored_biases(model: Any) -> Any:
     return model
 
 
-def test_files_look_like_exllamav3s(small, tmp_path):
+def test_files_look_like_exllamav3s(small, tmp_path, capsys):
     """Names, dtypes, shapes and JSON of the checkpoint that exllamav3 made of the same architecture."""
     theirs = Path(__file__).parent.parent / "models" / "tiny-moe"
     convert(small, tmp_path / "out")
@@ -271,6 +272,8 @@ def test_files_look_like_exllamav3s(small, tmp_path):
         "shape": [8, 8, 64], "n_bytes": 8192, "dtype": "torch.int16",
     }  # fmt: skip
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "written by metal_marlin" in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("*manifest*")) + list((tmp_path / "out").glob("lock"))
 
 
@@ -306,7 +309,7 @@ def test_command(tmp_path, capsys):
         found.append(json.loads(capsys.readouterr().out)["perplexity"])
     assert found[1] == pytest.approx(found[0], rel=0.1)
     # what it decided is a recipe
-    groups, recipe = Checkpoint(tmp_path / "out").groups, read_recipe(tmp_path / "out" / work.REPORT)
+    groups, recipe = Checkpoint(tmp_path / "out").groups, read_recipe(tmp_path / "out" / REPORT_FILE)
     source = Source(tmp_path / "in")
     fixed = rates.from_recipe(source, recipe, "mul1", 6)
     assert {m.name: fixed[m.group] for m in source.everything()} == {name: g.rate2 for name, g in groups.items()}

@@ -21,9 +21,9 @@ from torch import Tensor
 from metal_marlin import _C
 from metal_marlin.safetensors_header import parse_json
 from metal_marlin.trellis import MARKERS
+from metal_marlin.weights import INDEX_FILE, REPORT_FILE
 
-MANIFEST, LOCK, INDEX = "manifest.json", "lock", "model.safetensors.index.json"
-REPORT = "metal_marlin_quantization.json"
+MANIFEST, LOCK = "manifest.json", "lock"
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
     "generation_config.json", "preprocessor_config.json", "*.model", "LICENSE*",
@@ -143,8 +143,8 @@ class Work:
             for file in source.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, self.folder / file.name)
-        _write(self.folder / INDEX, index_text)
-        _write(self.folder / REPORT, json.dumps(report, indent=1))
+        _write(self.folder / INDEX_FILE, index_text)
+        _write(self.folder / REPORT_FILE, json.dumps(report, indent=1))
         _write(
             self.folder / "quantization_config.json",
             json.dumps({**quantization, "tensor_storage": storage}, indent=4),
