@@ -82,7 +82,8 @@ static int rate_exists(int codebook, int rate2) {
 /* ---- parts of a level against plain loops: the same bits ---- */
 
 static void check_parts(void) {
-    float *costs = room((STATES + 16) * 4), *values = room((STATES + 16) * 4), *ordered = room((STATES + 16) * 4), *want = room((STATES + 16) * 4), *got = room((STATES + 16) * 4);
+    const size_t bytes = (STATES + 16) * sizeof(float);
+    float *costs = room(bytes), *values = room(bytes), *ordered = room(bytes), *want = room(bytes), *got = room(bytes);
     for (int pair = 0; pair < 27; pair++) { /* the same rate twice, or half a bit up or down */
         int bits = pair < 9 ? pair : pair % 9, next_bits = bits + (pair >= 18) - (pair >= 9 && pair < 18);
         if (bits < 1 || bits > 8 || next_bits < 1 || (bits != next_bits && bits + next_bits > 7)) continue;
@@ -97,7 +98,7 @@ static void check_parts(void) {
         }
         for (int l = 0; l < level_count; l++) {
             levels[l]->order(ordered, values, bits, next_bits);
-            memset(got, 0xFF, STATES * 4);
+            memset(got, 0xFF, bytes);
             levels[l]->step(got, costs, ordered, x, bits, next_bits);
             check(!memcmp(got, want, (size_t)nodes * 4), "%s: step from %d to %d bits differs from plain loops", levels[l]->name, bits, next_bits);
             check(isnan(got[nodes]), "%s: step from %d to %d bits writes too far", levels[l]->name, bits, next_bits);
@@ -255,7 +256,7 @@ static void check_search(struct trellis *trellis, int codebook, int rate2, int w
 
 static double seconds(void) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t); /* of the processor: others may use the machine */
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
@@ -268,7 +269,7 @@ static void print_speed(void) {
     enum { TILES = 16, RUNS = 7 };
     static float x[TILES * 256], values[TILES * 256];
     static uint8_t stream[TILES * 512];
-    printf("tiles a second on one thread, mul1: median (slowest - fastest of %d runs)\n", RUNS);
+    printf("tiles a second of one thread's processor time, mul1: median (slowest - fastest of %d runs)\n", RUNS);
     for (int l = 0; l < level_count; l++) {
         mm_cpu = kernels[l];
         for (int rate2 = MM_MIN_RATE2; rate2 <= MM_MAX_RATE2; rate2++) {
