@@ -117,7 +117,13 @@ def quantize(arguments: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", module="transformers")
 
     def say(line: str) -> None:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)  # over the progress line
         print(line, flush=True)
 
     say(f"codebook     {codebook}: {why}")
-    quantize(arguments.directory, arguments.out, options, text=text, recipe=recipe, say=say)
+    try:
+        quantize(arguments.directory, arguments.out, options, text=text, recipe=recipe, say=say)
+    except KeyboardInterrupt:
+        print("metal_marlin: interrupted; the same command goes on with the layer it was at", file=sys.stderr)
+        raise
