@@ -20,6 +20,7 @@ from metal_marlin.hf_plan import PROJECTIONS
 from metal_marlin.quantize.source import Experts, Matrix, Part, Source
 
 ENOUGH = 16  # tokens per input channel from which an expert's own tokens are all it needs
+FORWARD_TOKENS = 4096  # go through a layer at once, a row at least
 FALLBACK_TOKENS = 4096  # of the layer, for an expert that has too few of its own
 
 
@@ -148,7 +149,6 @@ class Calibration:
         wanted: list[Matrix],
         *,
         record_experts: bool = False,
-        report: Callable[[float], None] = lambda share: None,
     ) -> tuple[dict[str, Tensor], dict[str, list[tuple[Tensor, Tensor, Tensor]]]]:
         """Second moments E[x^T x] of the inputs of `wanted` linear layers, by name, padded to whole blocks.
 
@@ -181,11 +181,10 @@ class Calibration:
             stand_in.record = records.get(stand_in.experts.path)
         handles = [module.register_forward_pre_hook(hook(path)) for path, module in modules.items()]
         try:
-            for index in range(len(self.rows)):
+            for hidden in self._batches(len(self.rows)):
                 todo, seen = set(modules), {}
                 with suppress(_Stop):
-                    self._forward(part, self.state[index : index + 1])
-                report((index + 1) / len(self.rows))
+                    self._forward(part, hidden)
         finally:
             for handle in handles:
                 handle.remove()
@@ -199,18 +198,17 @@ class Calibration:
         return result, records
 
     @torch.no_grad()
-    def advance(self, part: Part, report: Callable[[float], None] = lambda share: None) -> None:
+    def advance(self, part: Part) -> None:
         """Moves the state behind a layer, as that is now."""
-        for index in range(len(self.rows)):
-            self.state[index : index + 1] = self._forward(part, self.state[index : index + 1])
-            report((index + 1) / len(self.rows))
+        for hidden in self._batches(len(self.rows)):
+            hidden.copy_(self._forward(part, hidden))
         if not bool(torch.isfinite(self.state).all()):
             raise ValueError(f"{part.name}: its outputs on the calibration text aren't finite; expected finite ones")
 
     @torch.no_grad()
     def outputs(self, part: Part, rows: int) -> Tensor:
         """What a layer makes of the first `rows` rows, float32 [rows, length, hidden]."""
-        return torch.cat([self._forward(part, self.state[i : i + 1]) for i in range(min(rows, len(self.rows)))])
+        return torch.cat([self._forward(part, hidden) for hidden in self._batches(rows)])
 
     # ------------------------------------------------------------------ the ends
 
@@ -281,6 +279,10 @@ class Calibration:
         finally:
             for layer in layers:
                 del layer.forward
+
+    def _batches(self, rows: int) -> tuple[Tensor, ...]:
+        """The state of the first rows, some at a time: what a layer gets besides was made for one and broadcasts."""
+        return tuple(self.state[:rows].split(max(1, FORWARD_TOKENS // self.rows.shape[1])))
 
     def _forward(self, part: Part, hidden: Tensor) -> Tensor:
         args, kwargs = self.arguments[part.path]
