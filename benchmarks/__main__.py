@@ -10,6 +10,7 @@ from benchmarks import sharding
 from benchmarks.cpu import command as cpu
 from benchmarks.dispatch import command, compare
 from benchmarks.memory import command as memory
+from benchmarks.quality import command as quality
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         ("dispatch", command, command.run, "does queueing MoE layers pay? about two minutes (docs/dispatch.md)"),
         ("memory", memory, memory.run, "loading, resident bytes, a cache of experts (docs/memory.md)"),
         ("sharding", sharding, sharding.run, "bytes and messages of experts spread over processes (docs/sharding.md)"),
+        ("quality", quality, quality.run, "perplexity against bytes, and weight errors (docs/quantize.md)"),
         ("compare", compare, compare.run, "what changed between two reports of dispatch --json"),
     ):
         one = names.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")

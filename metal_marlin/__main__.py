@@ -1,4 +1,4 @@
-"""The command line: python -m metal_marlin {info, inspect, fit, repack, generate, perplexity, demo, selftest}.
+"""The command line: python -m metal_marlin COMMAND; --help lists them.
 
 Owns the arguments and what an error looks like: a mistake of the user's is one line on stderr and exit status 2,
 anything else that fails one line and status 1, and --debug shows the traceback of either.
@@ -89,6 +89,16 @@ def parser() -> argparse.ArgumentParser:
         "--batch", type=int, metavar="N", help="windows in a forward pass (default: by vocabulary, up to 8)"
     )
 
+    from metal_marlin import cli_quantize
+
+    cli_quantize.add_arguments(
+        commands.add_parser(
+            "quantize", parents=[common], help="make an EXL3 folder of an unquantized one",
+            description="Makes an EXL3 folder, for exllamav3 and this package, of an unquantized Hugging Face model."
+            " An interrupted run is taken up by the same command. docs/quantize.md says what to choose.",
+        )
+    )  # fmt: skip
+
     demo = commands.add_parser("demo", parents=[common], help="load the bundled model, measure it, and let it write")
     demo.add_argument("directory", metavar="DIR", nargs="?", help="another folder laid out like models/tiny-moe")
 
@@ -118,6 +128,8 @@ def run(arguments: argparse.Namespace) -> int:
         from metal_marlin import cli_fit as command  # type: ignore[no-redef]
     elif arguments.command == "repack":
         from metal_marlin import cli_repack as command  # type: ignore[no-redef]
+    elif arguments.command == "quantize":
+        from metal_marlin import cli_quantize as command  # type: ignore[no-redef]
     elif arguments.command == "demo":
         from metal_marlin import cli_demo as command  # type: ignore[no-redef]
     elif arguments.command == "selftest":

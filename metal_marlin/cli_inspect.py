@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from metal_marlin import _C
-from metal_marlin.weights import Checkpoint
+from metal_marlin.safetensors_header import parse_json
+from metal_marlin.weights import REPORT_FILE, Checkpoint
 
 MB = 1e6
 
@@ -145,6 +146,7 @@ def report(checkpoint: Checkpoint, every: bool) -> dict[str, Any]:
         "model_type": checkpoint.config.get("model_type"),
         "architectures": checkpoint.config.get("architectures"),
         "quantization_config": quantization,
+        "written_by": _written_by(checkpoint, quantization or {}),
         "files": [file.name for file in checkpoint.files],
         "bytes": checkpoint.nbytes,
         "runs": {"device": "cpu", "level": _C.cpu_level()},
@@ -154,6 +156,14 @@ def report(checkpoint: Checkpoint, every: bool) -> dict[str, Any]:
     if every:
         result["tensors"] = [asdict(tensor) for tensor in found]
     return result
+
+
+def _written_by(checkpoint: Checkpoint, quantization: dict[str, Any]) -> str | None:
+    """Who made the folder; config.json names the version of exllamav3 whose format it has."""
+    file = checkpoint.directory / REPORT_FILE
+    if file.is_file():
+        return str(parse_json(file, file.read_bytes()).get("quantizer"))
+    return f"exllamav3 {quantization['version']}" if "version" in quantization else None
 
 
 def line(
@@ -175,7 +185,7 @@ def inspect(arguments: argparse.Namespace) -> None:
             Row(t.name, t.kind, 1, t.shape, t.bits, t.stored, t.nbytes, t.runs) for t in tensors(checkpoint)
         ]  # fmt: skip
     quantization = found["quantization_config"] or {}
-    maker = f", written by exllamav3 {quantization['version']}" if "version" in quantization else ""
+    maker = f", written by {found['written_by']}" if found["written_by"] else ""
     average = f" at {quantization['bits']:g} bits" if isinstance(quantization.get("bits"), (int, float)) else ""
     files = f"{len(found['files'])} file{'s' if len(found['files']) > 1 else ''}"
     print(f"{found['directory']}: {found['model_type'] or 'no config.json'}, EXL3{average}{maker}")

@@ -34,6 +34,7 @@ __all__ = ["Checkpoint", "TrellisGroup", "TrellisTensor", "raise_problems"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+REPORT_FILE = "metal_marlin_quantization.json"  # in folders that `quantize` made
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PROBLEMS_SHOWN = 8
 

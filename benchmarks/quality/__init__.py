@@ -1,0 +1,1 @@
+"""What weights lose by quantization: perplexity against bytes, and weight error against the rate-distortion bound."""
