@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--levels", nargs="+", choices=levels, help=f"our SIMD levels (default: all but scalar; {own} runs by itself)"
     )
-    group.add_argument("--peers", nargs="*", choices=PEERS, metavar="PEER", help=f"some of {', '.join(PEERS)}, or none")
+    peers = f"some of {', '.join(PEERS)}; with no name after it, only ours"
+    group.add_argument("--peers", nargs="*", choices=PEERS, metavar="PEER", help=peers)
     group.add_argument("--match", metavar="REGEX", help="only variants whose name, 'torch, loop bf16', has this")
     group.add_argument(
         "--baseline", metavar="NAME", help="what ratios are taken to (default: ours at about equal bits)"
