@@ -535,7 +535,14 @@ def test_ctrl_c_leaves_no_file_and_prints_what_it_has(tmp_path: Path) -> None:
         str(tmp_path),
     ]
     command_line = [sys.executable, "-m", "benchmarks", "dispatch", "--only", "memory", "waiting", "stream", *options]
-    process = subprocess.Popen(command_line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command_line,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     try:
         assert process.stderr is not None
         first = process.stderr.readline()
