@@ -126,15 +126,16 @@ def check_contents(wheel: Path) -> bytes:
         names = archive.namelist()
         module = archive.read("metal_marlin/_C.abi3.so") if "metal_marlin/_C.abi3.so" in names else b""
         tags = [archive.read(name).decode() for name in names if name.endswith(".dist-info/WHEEL")]
-        sources = sorted(path.name for path in (ROOT / "metal_marlin").glob("*.py"))
+        sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "metal_marlin").rglob("*.py"))
     need(bool(module), "metal_marlin/_C.abi3.so is missing")
     tag = wheel.stem.split("-", 2)[2]
     need(tag.startswith("cp310-abi3-"), f"the tag is {tag}, expected cp310-abi3-…")
     need(len(tags) == 1 and f"Tag: {tag}" in tags[0], f"WHEEL does not say {tag}")
-    allowed = r"metal_marlin/(\w+\.py|\w+\.pyi|py\.typed|_C\.abi3\.so)|metal_marlin-[\w.]+\.dist-info/[\w./]+"
+    package = r"metal_marlin/((quantize/)?\w+\.py|\w+\.pyi|py\.typed|_C\.abi3\.so)"
+    allowed = package + r"|metal_marlin-[\w.]+\.dist-info/[\w./]+"
     stray = [name for name in names if not re.fullmatch(allowed, name) or re.search(r"/(tests?|emulator)\b", name)]
     need(not stray, f"the wheel holds what it should not: {stray}")
-    missing = [name for name in sources if f"metal_marlin/{name}" not in names]
+    missing = [name for name in sources if name not in names]
     need(not missing, f"Python files are missing: {missing}")
     need(str(ROOT).encode() not in module, f"the module names the build folder, {ROOT}")
     for metal in (ROOT / "metal").glob("*.metal"):  # the text is compiled on the user's machine
