@@ -67,6 +67,8 @@ COMMON: dict[str, tuple[Any, ...]] = {  # name: result, arguments
     "ggml_gallocr_free": (None, P),
     "ggml_gallocr_alloc_graph": (c.c_bool, P, P),
 }
+DEQUANTIZED = ("Q2_K", "Q3_K", "Q4_K")
+COMMON |= {f"dequantize_row_{kind[0].lower()}{kind[1:]}": (None, P, P, I64) for kind in DEQUANTIZED}
 QUANTIZE = (SIZE, INT, P, P, I64, I64, I64, P)
 ONLY_IK: dict[str, tuple[Any, ...]] = {
     "ggml_moe_up_gate": (P, P, P, P, P, P, INT),
@@ -126,6 +128,7 @@ class Library:
             self.functions[name.removeprefix("ggml_")] = function
         if not ik:
             self.cpu_init()
+        self.free(self.context())  # the first one fills tables that conversions read
         named = {**TYPES, **(IK_TYPES if ik else {})}
         self.types = {name: number for name, number in named.items() if self._named(number) == name.lower()}
 
@@ -181,4 +184,11 @@ class Library:
         out = np.zeros(int(self.row_size(number, columns)) * rows, np.uint8)
         more = (None,) if self.ik else ()
         self.quantize_chunk(number, source.ctypes.data, out.ctypes.data, 0, rows, columns, None, *more)
+        return out
+
+    def dequantize(self, kind: str, packed: Array, columns: int) -> Array:
+        """What quantize() gave, of a type in DEQUANTIZED, as float32 [rows, columns]."""
+        rows = packed.nbytes // int(self.row_size(self.types[kind], columns))
+        out = np.empty((rows, columns), np.float32)
+        self.functions[f"dequantize_row_{kind[0].lower()}{kind[1:]}"](packed.ctypes.data, out.ctypes.data, out.size)
         return out

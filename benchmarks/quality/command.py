@@ -2,7 +2,7 @@
 
 Perplexity is that of `python -m metal_marlin perplexity`, all formats on the same windows in one run. The scalar
 formats are applied to the linear layers of the decoder; the head gets 6 bits in groups of 64, as the head of the
-trellis checkpoints has 6 bits, and embeddings stay as they are. No GGUF types yet: they need a library of their own.
+trellis checkpoints has 6 bits, and embeddings stay as they are. GGUF's types need ggml's library (docs/cpu.md).
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from benchmarks import machine
+from benchmarks.cpu.contender import Absent
 from benchmarks.quality import gaussian
-from benchmarks.quality.scalar import Scalar, affine, nf4
+from benchmarks.quality.scalar import Scalar, affine, gguf, nf4
 from metal_marlin import Checkpoint
 from metal_marlin.cli_run import load, windows_of
 from metal_marlin.perplexity import perplexity
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--windows", type=int, default=400, metavar="N", help="windows to score (default: %(default)s)")
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens in one (default: %(default)s)")
     parser.add_argument("--tiles", type=int, default=GAUSSIAN_TILES, metavar="N", help="Gaussian tiles; 0: no table")
-    parser.add_argument("--no-scalar", action="store_true", help="leave out the affine formats and NF4")
+    parser.add_argument("--no-scalar", action="store_true", help="leave out the affine formats, NF4 and GGUF")
     parser.add_argument("--json", metavar="FILE", help="write the report to FILE")
     parser.add_argument(
         "--plot", metavar="FILE", help="write a plot of perplexity against bytes to FILE (PNG, SVG, ...)"
@@ -63,17 +64,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """The exit status."""
     rows: list[Row] = []
+    formats = [] if arguments.no_scalar else list(FORMATS)
+    try:
+        formats += [] if arguments.no_scalar else gguf()
+    except Absent as absent:
+        print(f"without GGUF's types: {absent}")
     if (arguments.model is None) != (arguments.text is None):
         raise SystemExit("quality: MODEL_DIR and TEXT go together; expected both or neither")
     if arguments.published:
         rows += published(Path(arguments.published))
     if arguments.model:
-        for row in perplexities(arguments):
+        for row in perplexities(arguments, formats):
             rows.append(row)
             print(f"  {row.name:<32} {row.perplexity:.4f}", flush=True)
     losses = []
     if arguments.tiles:
-        losses = gaussian.trellis(arguments.tiles) + gaussian.scalars(FORMATS, 2**20)
+        losses = gaussian.trellis(arguments.tiles) + gaussian.scalars(formats, 2**20)
     print(table(rows, losses))
     report = {
         **machine.describe(),
@@ -93,7 +99,7 @@ def published(file: Path) -> list[Row]:
     return [Row(one["name"], one["bits"], one["bytes"], one["perplexity"], measured=False) for one in found]
 
 
-def perplexities(arguments: argparse.Namespace) -> Iterator[Row]:
+def perplexities(arguments: argparse.Namespace, formats: list[Scalar]) -> Iterator[Row]:
     """The model, every checkpoint, and the model in every scalar format."""
     model, tokenizer = load(arguments.model, "float32")
     text = Path(arguments.text).read_text(encoding="utf-8")
@@ -105,7 +111,7 @@ def perplexities(arguments: argparse.Namespace) -> Iterator[Row]:
         quantized, _ = load(directory, "float32")
         yield Row(f"ours, {directory}", *measure_folder(Path(directory)), perplexity(quantized, windows).perplexity)
         del quantized
-    for form in [] if arguments.no_scalar else FORMATS:
+    for form in formats:
         model, _ = load(arguments.model, "float32")
         saved = apply(model, form)
         yield Row(form.name, form.bits, round(size - saved), perplexity(model, windows).perplexity)
