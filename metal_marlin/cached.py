@@ -68,6 +68,21 @@ class Statistics:
         return (self.hits + self.late) / uses if uses else float("nan")
 
 
+def check_readers(readers: int, timeout: float, look_ahead: str, bytes_per_second: float) -> None:
+    """ValueError, naming it, for an argument of CachedWeightBuffers that is out of range; TypeError for no number."""
+    if look_ahead not in LOOK_AHEAD:
+        raise ValueError(f"look_ahead is {look_ahead!r}; expected one of {', '.join(LOOK_AHEAD)}")
+    if isinstance(readers, bool) or not isinstance(readers, int) or not 1 <= readers <= 64:
+        raise ValueError(f"readers is {readers!r}; expected a whole number from 1 to 64")
+    for name, value in (("timeout", timeout), ("bytes_per_second", bytes_per_second)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} is {value!r}; expected a number")
+    if not 0 < timeout < 1e6:
+        raise ValueError(f"timeout is {timeout!r}; expected seconds, more than 0 and less than 1e6")
+    if bytes_per_second != 0 and not 1 <= bytes_per_second <= 1e15:
+        raise ValueError(f"bytes_per_second is {bytes_per_second!r}; expected 1 to 1e15, or 0 for the disk's own speed")
+
+
 class CachedWeightBuffers:
     """A cache of experts' tiles within a budget of bytes, for all layers of a model; may be used from many threads.
 
@@ -97,13 +112,9 @@ class CachedWeightBuffers:
         half_life: float = HALF_LIFE,
         bytes_per_second: float = 0.0,
     ) -> None:
-        if look_ahead not in LOOK_AHEAD:
-            raise ValueError(f"look_ahead is {look_ahead!r}; expected one of {', '.join(LOOK_AHEAD)}")
-        if not 1 <= readers <= 64 or not 0 < timeout < 1e6 or not half_life > 0 or not bytes_per_second >= 0:
-            raise ValueError(
-                f"readers is {readers}, timeout {timeout:g}, half_life {half_life:g}, bytes_per_second"
-                f" {bytes_per_second:g}; expected 1 to 64, and positive numbers"
-            )
+        check_readers(readers, timeout, look_ahead, bytes_per_second)
+        if not 1e-3 <= half_life <= 1e6:
+            raise ValueError(f"half_life is {half_life!r}; expected 0.001 to 1e6 times the number of slots")
         if not layers or not all(layers):
             raise ValueError("layers is empty, or one of them is; expected at least one expert each")
         self.slot_bytes = max(sum(part.nbytes for part in expert) for layer in layers for expert in layer)
@@ -274,11 +285,18 @@ class CachedExperts(nn.Module):
     @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
-            raise NotImplementedError("experts in a cache have no gradient; to train, load without cache_bytes")
+            raise NotImplementedError(
+                "experts in a cache have no gradient; call the model within torch.no_grad() or inference_mode(), or, to"
+                " train, load it without cache_bytes"
+            )
         few = top_k_index.numel() <= AHEAD_TOKENS * top_k_index.shape[-1]
         needed = sorted(set(top_k_index.reshape(-1).tolist())) if few else torch.unique(top_k_index).tolist()
+        needed = [e for e in needed if e != _C.NO_EXPERT]
         if needed and not 0 <= needed[0] <= needed[-1] < self.num_experts:
-            raise ValueError(f"top_k_index has {needed[0]} to {needed[-1]}; expected 0 to {self.num_experts - 1}")
+            raise ValueError(
+                f"top_k_index has {needed[0]} to {needed[-1]}; expected 0 to {self.num_experts - 1}, or"
+                f" {_C.NO_EXPERT} for no expert"
+            )
         room = self.cache.slots
         if len(needed) <= room:
             with self.cache.use(self.layer, needed) as slots:
@@ -287,7 +305,8 @@ class CachedExperts(nn.Module):
                 y = self._run(hidden_states, top_k_index, top_k_weights, needed, slots)
         else:
             y = self._run_in_parts(hidden_states, top_k_index, top_k_weights, needed, room)
-        self._previous = needed if few else top_k_index.reshape(-1, top_k_index.shape[-1])[-1].tolist()
+        last = needed if few else top_k_index.reshape(-1, top_k_index.shape[-1])[-1].tolist()
+        self._previous = [e for e in last if e != _C.NO_EXPERT]
         return y
 
     def _run(self, x: Tensor, ids: Tensor, weights: Tensor, experts: Sequence[int], slots: Sequence[int]) -> Tensor:

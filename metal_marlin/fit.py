@@ -65,7 +65,8 @@ def need_of(
     ValueError: a context that isn't positive, or a config that lacks a size.
     """
     config = config.get("text_config") or config
-    context = context or min(DEFAULT_CONTEXT, config.get("max_position_embeddings") or DEFAULT_CONTEXT)
+    if context is None:
+        context = min(DEFAULT_CONTEXT, config.get("max_position_embeddings") or DEFAULT_CONTEXT)
     if context < 1:
         raise ValueError(f"context is {context}; expected at least 1")
     experts, by_expert = 0, dict[str, int]()

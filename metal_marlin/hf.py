@@ -237,7 +237,8 @@ class Exl3Quantizer(HfQuantizer):
             if self.readahead is not None:
                 self.readahead.wait()
                 mapping.check()
-            model.register_forward_pre_hook(FileCheck(mapping))
+            for module in {id(part): part for part in (model, model.base_model)}.values():
+                module.register_forward_pre_hook(FileCheck(mapping))
         self.checkpoint = self.readahead = None
         if self.group:
             self.group.start()
@@ -272,12 +273,18 @@ class Exl3Quantizer(HfQuantizer):
 class FileCheck:
     """A forward pre-hook: OSError instead of wrong results, or of the process's end, if a mapped file has changed."""
 
-    def __init__(self, mapping: MappedFiles) -> None:
+    def __init__(self, mapping: MappedFiles | None) -> None:
         self.mapping = mapping
 
     def __call__(self, module: Any, arguments: Any) -> None:
-        if not torch.compiler.is_compiling():  # what is compiled checks nothing
+        if self.mapping is not None and not torch.compiler.is_compiling():  # what is compiled checks nothing
             self.mapping.check()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FileCheck:
+        """Of a model's copy, which owns its weights. Hooks are copied before the weights are read for it."""
+        if self.mapping is not None:
+            self.mapping.check()
+        return FileCheck(None)
 
 
 class ReadAhead:

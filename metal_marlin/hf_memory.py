@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metal_marlin import fit
-from metal_marlin.cached import CachedWeightBuffers, cache_experts
+from metal_marlin.cached import CachedWeightBuffers, cache_experts, check_readers
 from metal_marlin.hf_plan import PROJECTIONS, Plan
 from metal_marlin.weights import Checkpoint
 
@@ -64,10 +64,28 @@ def loading(
     populate     read all that is mapped now, in order, rather than page by page when it is first used
     readers, timeout, look_ahead, bytes_per_second  as of CachedWeightBuffers
     """
+    if cache_bytes is not None:
+        whole = isinstance(cache_bytes, (int, float)) and not isinstance(cache_bytes, bool) and cache_bytes % 1 == 0
+        if not whole or cache_bytes < 1:
+            raise ValueError(f"cache_bytes is {cache_bytes!r}; expected a whole number of bytes, 1 or more")
+        cache_bytes = int(cache_bytes)
+    if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
+        raise ValueError(f"context is {context!r}; expected a number of tokens, 1 or more")
+    check_readers(readers, timeout, look_ahead, bytes_per_second)
     if cache_bytes is not None and copy:
         raise ValueError("cache_bytes and copy were given; expected one of them: a cache copies what it reads")
     token = _options.set(
-        Options(cache_bytes, check, context, copy, populate, readers, timeout, look_ahead, bytes_per_second)
+        Options(
+            cache_bytes,
+            check,
+            context,
+            copy,
+            populate,
+            readers,
+            timeout,
+            look_ahead,
+            bytes_per_second,
+        )
     )
     try:
         yield
@@ -108,7 +126,7 @@ def install_cache(model: Any, plan: Plan, checkpoint: Checkpoint) -> CachedWeigh
         layers[path] = [[checkpoint.tensors[group.names["trellis"]] for group in expert] for expert in groups]
     if not layers:
         raise ValueError(f"cache_bytes is set; {type(model).__name__} has no quantized experts to keep in a cache")
-    return cache_experts(
+    cache = cache_experts(
         model,
         layers,
         options.cache_bytes or 0,
@@ -119,6 +137,8 @@ def install_cache(model: Any, plan: Plan, checkpoint: Checkpoint) -> CachedWeigh
         look_ahead=options.look_ahead,
         bytes_per_second=options.bytes_per_second,
     )
+    checkpoint.check_files()  # the cache opened them by name
+    return cache
 
 
 def router_of(model: nn.Module, path: str) -> Callable[[Tensor], Tensor] | None:

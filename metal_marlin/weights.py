@@ -77,6 +77,12 @@ class TrellisGroup:
         return "bias" in self.names
 
 
+def _identity(file: Path) -> tuple[int, int, int, int]:
+    """What tells a file from another one, or from itself after it was written to. OSError as stat's."""
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class Checkpoint:
     """A folder with `model.safetensors`, or with shards and `model.safetensors.index.json`; usually with `config.json`.
 
@@ -105,7 +111,7 @@ class Checkpoint:
         else:
             self.files = self._inside(self.directory, [Path(file) for file in files])
         self.tensors: dict[str, TensorInfo] = {}
-        self._sizes = {file: file.stat().st_size for file in self.files}
+        self._found = {file: _identity(file) for file in self.files}
         for file in self.files:
             header = read_header(file)
             for name in self.tensors.keys() & header.keys():
@@ -162,11 +168,16 @@ class Checkpoint:
         """The files in memory. OSError if one has changed since its header was read."""
         if self._mapping is None:
             mapping = MappedFiles(self.files)
-            for file in self.files:
-                if file.stat().st_size != self._sizes[file]:
-                    raise OSError(f"{file} has {file.stat().st_size} bytes; it had {self._sizes[file]} a moment ago")
+            self.check_files()
             self._mapping = mapping
         return self._mapping
+
+    def check_files(self) -> None:
+        """OSError if a path no longer leads to the file whose header was read, as it was then: to be called by whoever
+        opens a file anew, afterwards."""
+        for file in self.files:
+            if _identity(file) != self._found[file]:
+                raise OSError(f"{file} was replaced or written to after its header was read; open the folder again")
 
     def check(self) -> None:
         """OSError if a file has changed since it was opened: call it before computing with tensors that are views."""

@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -158,8 +159,20 @@ def test_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradients_are_refused() -> None:
     _, cached = pair(16 * EXPERT)
     x, ids, weights = tokens(1)
-    with pytest.raises(NotImplementedError, match="experts in a cache have no gradient"):
+    with pytest.raises(NotImplementedError, match=r"experts in a cache have no gradient; .* torch\.no_grad"):
         cached(x.requires_grad_(), ids, weights)
+
+
+def test_slots_without_an_expert() -> None:
+    """Id -1, as TrellisExperts takes it."""
+    experts, cached = pair(4 * EXPERT)
+    for count in (1, 12):  # in one part, and in several
+        x, ids, weights = tokens(count)
+        ids[:, 2] = -1
+        with torch.no_grad():
+            want, got = experts(x, ids, weights), cached(x, ids, weights)
+        assert same_bits(got, want) if count == 1 else torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert -1 not in cached._previous
 
 
 def test_compile() -> None:
@@ -239,9 +252,9 @@ REFUSED = {
     "budget": ({"budget": 4 * EXPERT - 1}, "has 196607 bytes; expected at least 196608: 4 experts of a token, 49152"),
     "look_ahead": ({"look_ahead": "future"}, "look_ahead is 'future'; expected one of router, previous, none"),
     "readers": ({"readers": 0}, "readers is 0"),
-    "timeout": ({"timeout": 0}, "timeout 0"),
-    "half_life": ({"half_life": float("nan")}, "half_life nan"),
-    "disk": ({"bytes_per_second": -1}, "bytes_per_second -1"),
+    "timeout": ({"timeout": 0}, "timeout is 0"),
+    "half_life": ({"half_life": float("nan")}, "half_life is nan"),
+    "disk": ({"bytes_per_second": -1}, "bytes_per_second is -1"),
     "layers": ({"paths": ()}, "layers is empty"),
 }
 
@@ -309,6 +322,65 @@ def test_a_disk_that_stalls() -> None:
     assert cache.statistics().pinned == 0
     del cache
     assert time.monotonic() - started < 10
+
+
+def test_ctrl_c_while_it_waits() -> None:
+    """Nothing stays pinned: the next call has all slots."""
+    cache = made(4 * EXPERT, bytes_per_second=400_000.0, look_ahead="none")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(0.1, signal.raise_signal, (signal.SIGINT,))
+    try:
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            cache.acquire(0, [0, 1, 2, 3])
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
+    assert cache.statistics().pinned == 0
+
+
+def test_a_file_replaced_before_the_cache_opens_it(folder: Path) -> None:
+    """Another file of the same size and header: the model is refused, rather than made of both."""
+    transformers = pytest.importorskip("transformers")
+    import metal_marlin.hf
+    from metal_marlin import hf_memory
+
+    file, other = folder / "model.safetensors", folder / "other"
+    shutil.copy(file, other)
+    install = hf_memory.cache_experts
+
+    def replacing(*args: Any, **options: Any) -> Any:
+        os.replace(other, file)
+        return install(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_memory, "cache_experts", replacing)
+        with (
+            metal_marlin.hf.loading(cache_bytes=8 * EXPERT),
+            pytest.raises(OSError, match="was replaced or written to"),
+        ):
+            transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"cache_bytes": 0}, ValueError, "cache_bytes is 0; expected a whole number of bytes"),
+        ({"cache_bytes": 2.5}, ValueError, r"cache_bytes is 2\.5"),
+        ({"cache_bytes": "2e6"}, ValueError, "cache_bytes is '2e6'"),
+        ({"context": 0}, ValueError, "context is 0; expected a number of tokens"),
+        ({"readers": 1.5}, ValueError, r"readers is 1\.5; expected a whole number from 1 to 64"),
+        ({"timeout": "a"}, TypeError, "timeout is 'a'; expected a number"),
+        ({"look_ahead": "junk"}, ValueError, "look_ahead is 'junk'"),
+    ],
+)
+def test_bad_options_of_loading(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    """Before anything is read."""
+    pytest.importorskip("transformers")
+    import metal_marlin.hf
+
+    with pytest.raises(error, match=message), metal_marlin.hf.loading(**options):
+        pytest.fail("it went on")
 
 
 def test_no_room_in_time() -> None:

@@ -22,7 +22,7 @@ struct mm_file {
     struct stat found; /* when it was opened */
 };
 bool mm_file_open(struct mm_file *file, const char *path, struct mm_memory_problem *problem);
-/* False if the open file has another size or time of change: its bytes may be others, and a mapping's end may be gone. */
+/* False if the open file has another size or modification time: its bytes may be others, and a mapping's end may be gone. */
 bool mm_file_same(const struct mm_file *file, struct mm_memory_problem *problem);
 void mm_file_close(struct mm_file *file);
 

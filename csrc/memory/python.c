@@ -173,6 +173,10 @@ static PyObject *cache_acquire(PyObject *self, PyObject *arguments) {
     bool good = mm_cache_acquire(cache, items, count, found, seconds, &problem);
     PyEval_RestoreThread(released);
     if (!good) return raise_problem(&problem);
+    if (PyErr_CheckSignals()) { /* a Ctrl-C of meanwhile: raised behind our back it would leave the pins to nobody */
+        mm_cache_release(cache, items, count);
+        return NULL;
+    }
     PyObject *list = PyList_New(count);
     for (Py_ssize_t i = 0; list && i < count; i++) {
         PyObject *slot = PyLong_FromLongLong(found[i]);
