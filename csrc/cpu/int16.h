@@ -23,6 +23,8 @@
  *                                  s[2 i] * q[2 step] + s[2 i + 1] * q[2 step + 1]
  *   halves_of_tiles(h, rate2, tile)  h[0], h[1], ... as above; rate2 is a constant
  *   round_values(v)                8 floats to the nearest integers
+ *   order_tile(q, first, second)   q [16] = a tile's inputs, 16 bits of each, in the order of the steps: by pairs of lanes 0 4 1 5 8 12 9 13
+ *                                  2 6 3 7 10 14 11 15, or by whole lanes 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15
  *
  * It may define INT8_LEVEL too, the name of a level that rounds inputs to 8 bits, by at most 1/254 of a block's largest, with
  *   add_byte_products(sums, s, q)  sums += s * q in dwords: unsigned bytes of s, signed bytes of q [4], which all dwords share
@@ -53,31 +55,23 @@ _Static_assert(sizeof(struct row16) == 320, "whole cache lines");
 
 /* v [128], rotated, to integers of at most `limit`. A NaN or Inf makes the block NaN; a block whose largest value is below 1e-34 counts as 0. */
 INLINE void quantize(struct row16 *row, const vec8 *v, float limit) {
-    const vec8 zero = {0};
-    vec8 largest = zero, poison = zero;
+    ivec8 largest[2] = {{0}, {0}}, sums = {0}; /* sizes compare as integers, NaN above Inf above all others */
     for (int i = 0; i < 16; i++) {
-        vec8 size = (vec8)((ivec8)v[i] & 0x7FFFFFFF);
-        largest = choose(size > largest, size, largest);
-        poison += v[i] * 0.0f;
+        ivec8 size = (ivec8)v[i] & 0x7FFFFFFF, more = size > largest[i % 2];
+        largest[i % 2] = (size & more) | (largest[i % 2] & ~more);
     }
-    float most = 0, bad = 0;
-    for (int i = 0; i < 8; i++) most = largest[i] > most ? largest[i] : most, bad += poison[i];
+    int32_t most_bits = 0;
+    for (int i = 0; i < 16; i++) most_bits = largest[i / 8][i % 8] > most_bits ? largest[i / 8][i % 8] : most_bits;
+    int finite = most_bits < 0x7F800000 ? -1 : 0;
+    float most = mm_float_of_bits((uint32_t)most_bits), bad = most * 0.0f;
     float unit = most / limit, inverse = unit > 3e-39f ? 1.0f / unit : 0.0f;
-    ivec8 sums = {0};
-    int16_t plain[MM_HADAMARD];
-    for (int i = 0; i < 16; i++) {
-        ivec8 rounded = {0};
-        if (bad == 0) rounded = round_values(v[i] * inverse);
-        for (int j = 0; j < 8; j++) plain[8 * i + j] = (int16_t)rounded[j];
-        sums += rounded;
+    for (int tile = 0; tile < BLOCK_TILES; tile++) {
+        ivec8 first = round_values(v[2 * tile] * inverse) & finite, second = round_values(v[2 * tile + 1] * inverse) & finite;
+        sums += first + second;
+        order_tile(row->q + MM_TILE * tile, first, second);
     }
     int32_t total = 0;
     for (int i = 0; i < 8; i++) total += sums[i];
-    for (int tile = 0; tile < BLOCK_TILES; tile++)
-        for (int step = 0; step < STEPS; step++)
-            for (int lane = 0; lane < SHARERS; lane++)
-                row->q[MM_TILE * tile + SHARERS * step + lane] =
-                    plain[MM_TILE * tile + MM_TILE_ROW(lane * POSITIONS + step / 4 * 8 + step % 4)];
     row->scale = MM_MUL1_SCALE * unit + bad;
     row->constant = ((1024 + CENTRE) * MM_MUL1_SCALE + MM_MUL1_BIAS) * unit * (float)total + bad;
     row->offset = -CENTRE * total;
@@ -253,7 +247,11 @@ static void rotate_in_int8(float *row, const float *x, const uint16_t *suh, int6
         struct row8 *out = (struct row8 *)(void *)row;
         scale_rotate(rotated, x + i, suh + i, used - i);
         quantize(&out->row, rotated, INT8_MAX);
-        for (int at = 0; at < 2 * MM_HADAMARD; at++) out->repeated[at] = (int8_t)out->row.q[at / 2];
+        halves *bytes = (halves *)(void *)out->repeated;
+        for (int at = 0; at < MM_HADAMARD / LANES; at++) {
+            halves q = ((const halves *)(const void *)out->row.q)[at] & 0xFF;
+            bytes[at] = q | q << 8;
+        }
     }
 }
 

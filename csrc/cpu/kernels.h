@@ -24,11 +24,11 @@ static void decode_block(float *out, const struct mm_weight *weight, int64_t k_b
 
 /* ---- Hadamard ---- */
 
-static const float hadamard8[8][8] = {
-    {1, 1, 1, 1, 1, 1, 1, 1},     {1, -1, 1, -1, 1, -1, 1, -1}, {1, 1, -1, -1, 1, 1, -1, -1},
-    {1, -1, -1, 1, 1, -1, -1, 1}, {1, 1, 1, 1, -1, -1, -1, -1}, {1, -1, 1, -1, -1, 1, -1, 1},
-    {1, 1, -1, -1, -1, -1, 1, 1}, {1, -1, -1, 1, -1, 1, 1, -1},
-};
+#if defined(__clang__) || __GNUC__ >= 12
+#define PARTNERS(v, a, b, c, d, e, f, g, h) __builtin_shufflevector(v, v, a, b, c, d, e, f, g, h)
+#else
+#define PARTNERS(v, a, b, c, d, e, f, g, h) __builtin_shuffle(v, (ivec8){a, b, c, d, e, f, g, h})
+#endif
 
 /* The upper bits of the index: butterflies between whole vectors. */
 INLINE void butterflies(vec8 *v, int count) {
@@ -41,17 +41,16 @@ INLINE void butterflies(vec8 *v, int count) {
             }
 }
 
-/* v [128] times the natural-order (Sylvester) Hadamard matrix over sqrt(128). The lower 3 bits of the index are a
- * product with an 8 x 8 sign matrix: broadcasts and adds, which need no shuffle. The scale comes first: only products with a sign
- * are added, so that it makes no difference which of them a compiler fuses with an addition. */
+/* v [128] times the natural-order (Sylvester) Hadamard matrix over sqrt(128). The lower 3 bits of the index are butterflies within a vector:
+ * a lane's partner plus or minus the lane. The scale comes first: only products with a sign are added, so that it makes no difference
+ * which of them a compiler fuses with an addition. */
 INLINE void hadamard128(vec8 *v) {
-    const vec8 *signs = (const vec8 *)(const void *)hadamard8;
-    for (int i = 0; i < 16; i++) v[i] *= MM_HADAMARD_SCALE;
+    const vec8 odd = {1, -1, 1, -1, 1, -1, 1, -1}, pairs = {1, 1, -1, -1, 1, 1, -1, -1}, halves_of = {1, 1, 1, 1, -1, -1, -1, -1};
     for (int i = 0; i < 16; i++) {
-        const float *s = (const float *)&v[i];
-        vec8 sum = signs[0] * s[0];
-        for (int j = 1; j < 8; j++) sum += signs[j] * s[j];
-        v[i] = sum;
+        vec8 x = v[i] * MM_HADAMARD_SCALE;
+        x = PARTNERS(x, 1, 0, 3, 2, 5, 4, 7, 6) + x * odd;
+        x = PARTNERS(x, 2, 3, 0, 1, 6, 7, 4, 5) + x * pairs;
+        v[i] = PARTNERS(x, 4, 5, 6, 7, 0, 1, 2, 3) + x * halves_of;
     }
     butterflies(v, 16);
 }

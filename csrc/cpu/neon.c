@@ -135,6 +135,16 @@ INLINE ivec8 round_values(vec8 v) {
     return both;
 }
 
+INLINE void order_tile(int16_t *q, ivec8 first, ivec8 second) { /* 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15 */
+    int32x4_t v[4];
+    memcpy(v, &first, sizeof first);
+    memcpy(v + 2, &second, sizeof second);
+    int32x4_t low = vreinterpretq_s32_s16(vmovn_high_s32(vmovn_s32(v[0]), v[1]));
+    int32x4_t high = vreinterpretq_s32_s16(vmovn_high_s32(vmovn_s32(v[2]), v[3]));
+    vst1q_s16(q, vreinterpretq_s16_s32(vzip1q_s32(low, high)));
+    vst1q_s16(q + 8, vreinterpretq_s16_s32(vzip2q_s32(low, high)));
+}
+
 #include "cpu/gather_neon.h"
 #include "cpu/int16.h"
 

@@ -33,6 +33,7 @@ static bool cpu_has(unsigned registers, unsigned ebx, unsigned ecx, unsigned edx
 }
 #define SAVES_YMM 0x06u /* xmm and the upper halves of ymm */
 #define SAVES_ZMM 0xE6u /* and mask registers, upper halves of zmm, zmm16 to zmm31 */
+#define SAVES_TILES 0x60000u /* AMX's configuration and tiles */
 
 BEGIN_TARGET
 
@@ -54,6 +55,16 @@ static void store_half(uint16_t *out, const float *in, int64_t count) {
 #include "cpu/kernels.h"
 
 INLINE ivec8 round_values(vec8 v) { return (ivec8)_mm256_cvtps_epi32((__m256)v); } /* for int16.h */
+
+INLINE void order_tile(int16_t *q, ivec8 first, ivec8 second) { /* for int16.h, 16 positions */
+    const __m128i by_step = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15); /* 0 4 1 5 2 6 3 7 */
+    __m128i low = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)first), _mm256_extracti128_si256((__m256i)first, 1));
+    __m128i high = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)second), _mm256_extracti128_si256((__m256i)second, 1));
+    low = _mm_shuffle_epi8(low, by_step);
+    high = _mm_shuffle_epi8(high, by_step);
+    _mm_storeu_si128((__m128i *)(void *)q, _mm_unpacklo_epi64(low, high));
+    _mm_storeu_si128((__m128i *)(void *)(q + 8), _mm_unpackhi_epi64(low, high));
+}
 
 INLINE vec8 add_pairs(vec8 a, vec8 b) { return (vec8)_mm256_hadd_ps((__m256)a, (__m256)b); }
 
