@@ -333,7 +333,7 @@ static void hadamard(double *sum, double *absolute, const double *in) {
         absolute[i] = total * (double)MM_HADAMARD_SCALE;
     }
 }
-#define HADAMARD_ROUNDINGS 12 /* the scale, 7 additions, 4 butterflies (kernels.h, hadamard128) */
+#define HADAMARD_ROUNDINGS 8 /* the scale, 7 butterflies (kernels.h, hadamard128) */
 
 /* The forms that rows travel in (cpu.h): "tiled" or "paired" inputs, and gradients spread to match, told apart by a row's length. */
 /* How a level lays out rotated rows and spread gradients (cpu.h): tiled, or paired in vectors of 8 lanes, of 16 for two tiles, or
@@ -342,7 +342,7 @@ enum form { TILED, PAIRED, PAIRED_TWO, PAIRED_CONVERTED, FORMS };
 
 static enum form form_of(const struct mm_kernels *level) {
     if (level->row_floats(MM_CODEBOOK_3INST) != BLOCK) return TILED;
-    if (!strncmp(level->name, "avx512-fp16", 11)) return PAIRED_CONVERTED;
+    if (!strncmp(level->name, "avx512-fp16", 11) || !strncmp(level->name, "amx", 3)) return PAIRED_CONVERTED;
     return strncmp(level->name, "avx512", 6) ? PAIRED : PAIRED_TWO;
 }
 
@@ -516,21 +516,28 @@ static void check_integer_states(const struct mm_kernels *level, const struct mm
 
 /* Their integer sums are exact and their few float operations the same, so such levels agree bit for bit. */
 static void check_integer_agreement(const struct mm_weight *weight, int input_limit) {
-    enum { ROWS = 15 }; /* 8 + 4 + 3: products of several rows at once, and of the rest */
+    enum { ROWS = MM_ROW_BLOCK };
+    static const int counts[] = {1, 15, 16, 17, 34, ROWS}; /* products of several rows at once, and of the rest */
     static float y[2][ROWS * BLOCK];
     const int64_t k = weight->k, ld = k / BLOCK * MM_MAX_ROW_FLOATS;
     float *rows = zeros((size_t)(ROWS * ld) * sizeof *rows), *scratch = zeros(MM_MULTIPLY_SCRATCH * sizeof *scratch);
     float *x = random_floats(ROWS * k, 3);
-    const char *first = NULL;
+    const struct mm_kernels *first = NULL;
     for (int l = 0; l < level_count; l++) {
         if (levels[l]->input_limit != input_limit) continue;
-        for (int64_t r = 0; r < ROWS; r++)
-            levels[l]->rotate_in(rows + r * ld, x + r * k, weight->suh, k, k, weight->codebook);
-        levels[l]->multiply(y[first != NULL], weight, 1, rows, ld, ROWS, scratch);
-        for (int i = 0; first && i < ROWS * BLOCK; i++)
-            check(mm_bits_of_float(y[0][i]) == mm_bits_of_float(y[1][i]), "%s: multiply, element %d: %a, but %a from %s",
-                  levels[l]->name, i, (double)y[1][i], (double)y[0][i], first);
-        if (!first) first = levels[l]->name;
+        if (!first) first = levels[l];
+        for (int c = 0; c < (int)(sizeof counts / sizeof *counts); c++) {
+            const struct mm_kernels *pair[] = {first, levels[l]};
+            memset(y, 0xFF, sizeof y);
+            for (int side = 0; side < 2; side++) {
+                for (int64_t r = 0; r < counts[c]; r++)
+                    pair[side]->rotate_in(rows + r * ld, x + r * k, weight->suh, k, k, weight->codebook);
+                pair[side]->multiply(y[side], weight, 1, rows, ld, counts[c], scratch);
+            }
+            for (int i = 0; i < ROWS * BLOCK; i++)
+                check(mm_bits_of_float(y[0][i]) == mm_bits_of_float(y[1][i]), "%s: multiply, %d rows, element %d: %a, but %a from %s",
+                      levels[l]->name, counts[c], i, (double)y[1][i], (double)y[0][i], first->name);
+        }
     }
     mm_free(rows), mm_free(scratch), mm_free(x);
 }

@@ -47,6 +47,9 @@ struct mm_weight mm_stack_weight(const struct mm_stack *stack, int64_t expert);
 #define MM_ROW_BLOCK 128
 /* The longest form of a rotated row, per 128 inputs. */
 #define MM_MAX_ROW_FLOATS (2 * MM_HADAMARD)
+/* How far rows of `floats` lie apart: an odd number of cache lines, since rows are read side by side, a line of each, and where k is a power
+ * of two they would all fall into a few sets of the cache. */
+static inline int64_t mm_row_stride(int64_t floats) { return floats | 16; }
 /* Floats of scratch that `multiply` and `multiply_transposed` need. */
 #define MM_MULTIPLY_SCRATCH (MM_ROW_BLOCK * 8 * 16 + 16 * MM_TILE_WEIGHTS) /* sums, and a panel */
 
@@ -99,9 +102,10 @@ const struct mm_kernels *mm_kernels_avx512_int16(void);
 const struct mm_kernels *mm_kernels_avx512_fp16_int16(void);
 const struct mm_kernels *mm_kernels_avx512_int8(void);
 const struct mm_kernels *mm_kernels_avx512_fp16_int8(void);
+const struct mm_kernels *mm_kernels_amx_int8(void);
 #define MM_CPU_LEVELS(X)                                                                      \
     X(scalar) X(neon) X(avx2) X(avx512) X(avx512_fp16) X(neon_int16) X(avx2_int16) X(avx512_int16) \
-    X(avx512_fp16_int16) X(avx512_int8) X(avx512_fp16_int8)
+    X(avx512_fp16_int16) X(avx512_int8) X(avx512_fp16_int8) X(amx_int8)
 
 extern const struct mm_kernels *mm_cpu; /* the active level; set once at import, and by tests */
 #define MM_MAX_CPU_LEVELS 12

@@ -71,7 +71,7 @@ static bool run_linear(struct linear *run) {
 bool mm_cpu_linear(const struct mm_rows *x, const struct mm_weight *weight, int64_t out_features, void *y) {
     struct linear run = {
         .in = x, .weight = weight, .in_width = weight->k, .in_used = x->columns, .out_width = weight->n,
-        .out_used = out_features, .ld = weight->k / MM_HADAMARD * mm_cpu->row_floats(weight->codebook), .out = y, .transposed = false,
+        .out_used = out_features, .ld = mm_row_stride(weight->k / MM_HADAMARD * mm_cpu->row_floats(weight->codebook)), .out = y, .transposed = false,
     };
     return run_linear(&run);
 }

@@ -65,7 +65,7 @@ static int64_t longest_row(const struct mm_stack *stack, int64_t experts) {
         int64_t floats = mm_cpu->row_floats(codebook_of(stack, e));
         if (floats > most) most = floats;
     }
-    return stack->k / MM_HADAMARD * most;
+    return mm_row_stride(stack->k / MM_HADAMARD * most);
 }
 
 /* The rotated row of `place`, from its channel `column` on. */
