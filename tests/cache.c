@@ -1,5 +1,5 @@
 /* Stresses the cache of experts (csrc/memory/cache.c) without Python: is a byte ever wrong, a pin lost, a wait endless?
- *   cc -std=c11 -O1 -g -fsanitize=thread -Icsrc tests/cache.c csrc/memory/map.c csrc/memory/cache.c -lm -lpthread -o cache && ./cache DIR
+ *   cc -std=c11 -O1 -g -fsanitize=thread -Icsrc tests/cache.c csrc/memory/{map,guard,cache}.c -lm -lpthread -o cache && ./cache DIR
  * Every 8 bytes of the files are a hash of their place, so that a user of a slot can check all of them without the file. Prints a
  * line for each part, and what it counted; exit status 1 if anything was wrong. */
 #ifdef __linux__

@@ -35,8 +35,17 @@ struct mm_map *mm_map_open(const char *const *paths, int count, size_t *begins, 
 void mm_map_close(struct mm_map *map);
 void *mm_map_base(const struct mm_map *map);
 size_t mm_map_bytes(const struct mm_map *map);
-/* Whether all files are as they were; a truncated one would end the process (SIGBUS) at the next access. */
+/* Whether all files are as they were. A file that is cut short while somebody reads it does not end the process (SIGBUS): what is missing
+ * reads as zeros, and from then on this says so, even if the file is whole again (guard.c). To be asked before and after a use. */
 bool mm_map_same(const struct mm_map *map, struct mm_memory_problem *problem);
+/* The same for whoever has addresses rather than mappings. mm_maps_watch before the memory is read; mm_maps_same afterwards, which looks
+ * at the files that the spans lie in, and does nothing for those that lie in no mapping. Neither costs anything while nothing is mapped. */
+struct mm_span {
+    const void *begin;
+    size_t bytes;
+};
+void mm_maps_watch(void);
+bool mm_maps_same(const struct mm_span *spans, int count, struct mm_memory_problem *problem);
 /* Reads a range into memory in large pieces, so that its first use is no page fault each. */
 bool mm_map_populate(const struct mm_map *map, size_t begin, size_t bytes, struct mm_memory_problem *problem);
 

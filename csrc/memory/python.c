@@ -77,12 +77,19 @@ static PyObject *map_open(PyObject *self, PyObject *paths) {
     return result;
 }
 
-static PyObject *map_check(PyObject *self, PyObject *capsule) {
+static PyObject *map_check(PyObject *self, PyObject *arguments) {
     (void)self;
+    PyObject *capsule;
+    Py_ssize_t begin = 0, bytes = -1;
+    if (!PyArg_ParseTuple(arguments, "O|nn:map_check", &capsule, &begin, &bytes)) return NULL;
     const struct mm_map *map = PyCapsule_GetPointer(capsule, MAP_NAME);
     struct mm_memory_problem problem = {.timeout = false};
     if (!map) return NULL;
-    return mm_map_same(map, &problem) ? none() : raise_problem(&problem);
+    if (bytes < 0) return mm_map_same(map, &problem) ? none() : raise_problem(&problem);
+    if (begin < 0 || (size_t)begin > mm_map_bytes(map) || (size_t)bytes > mm_map_bytes(map) - (size_t)begin)
+        return PyErr_Format(PyExc_ValueError, "%zd bytes at %zd of a mapping of %zu", bytes, begin, mm_map_bytes(map));
+    struct mm_span span = {(const char *)mm_map_base(map) + begin, (size_t)bytes};
+    return mm_maps_same(&span, 1, &problem) ? none() : raise_problem(&problem);
 }
 
 static PyObject *map_populate(PyObject *self, PyObject *arguments) {
@@ -230,7 +237,9 @@ static PyObject *cache_statistics(PyObject *self, PyObject *arguments) {
 PyMethodDef mm_memory_methods[] = {
     {"map_open", map_open, METH_O,
      "map_open(paths) -> (map, address, bytes, begins): maps files one behind the other, privately; begins are where each lies. OSError."},
-    {"map_check", map_check, METH_O, "map_check(map): OSError if a file has changed since map_open."},
+    {"map_check", map_check, METH_VARARGS,
+     "map_check(map, begin=0, bytes=-1): OSError if a file, of those in a range of bytes if one is given, has changed since map_open, or "
+     "if something that it lacks was read."},
     {"map_populate", map_populate, METH_VARARGS, "map_populate(map, begin, bytes): reads a range into memory. OSError."},
     {"cache_open", cache_open, METH_VARARGS,
      "cache_open(paths, pieces, items, slots, slot_bytes, readers, half_life, bytes_per_second) -> (cache, address): pieces is int64 "
