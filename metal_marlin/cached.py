@@ -97,7 +97,8 @@ class CachedWeightBuffers:
 
     ValueError: a budget below one token's experts, which the message states, or arguments that make no sense. OSError:
     a file that can't be opened, is truncated, or, later, has changed or can't be read; nothing wrong is ever computed.
-    The readers do not survive a fork: a forked process gets an OSError and must load the model itself.
+    The readers do not survive a fork: in a forked process `acquire` is an OSError (it must load the model itself),
+    `release` and `prefetch` do nothing, and statistics are zeros.
     """
 
     def __init__(
@@ -151,7 +152,8 @@ class CachedWeightBuffers:
     def acquire(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Pins distinct experts of a layer, waits for them, and returns their slots. To be followed by `release`.
 
-        OSError: more experts than slots, or as above. TimeoutError: the disk stalls. Then none is pinned.
+        OSError: more experts than slots, or as above. TimeoutError: the disk stalls. KeyboardInterrupt ends the wait.
+        Then none is pinned.
         """
         return _C.cache_acquire(self._cache, self._items(layer, experts), self.timeout)
 

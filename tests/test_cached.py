@@ -324,11 +324,16 @@ def test_a_disk_that_stalls() -> None:
     assert time.monotonic() - started < 10
 
 
-def test_ctrl_c_while_it_waits() -> None:
-    """Nothing stays pinned: the next call has all slots."""
-    cache = made(4 * EXPERT, bytes_per_second=400_000.0, look_ahead="none")
+@pytest.mark.parametrize("waits_for", ["a read that takes a minute", "room"])
+def test_ctrl_c_while_it_waits(waits_for: str) -> None:
+    """At once, and nothing stays pinned: the next call has all slots."""
+    room = waits_for == "room"
+    cache = made(4 * EXPERT, bytes_per_second=0.0 if room else 800.0, look_ahead="none")
+    if room:
+        cache.acquire(1, [0, 1])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.1, signal.raise_signal, (signal.SIGINT,))
+    started = time.monotonic()
     try:
         timer.start()
         with pytest.raises(KeyboardInterrupt):
@@ -336,7 +341,8 @@ def test_ctrl_c_while_it_waits() -> None:
     finally:
         timer.join()
         signal.signal(signal.SIGINT, before)
-    assert cache.statistics().pinned == 0
+    assert time.monotonic() - started < 5
+    assert cache.statistics().pinned == (2 if room else 0)
 
 
 def test_a_file_replaced_before_the_cache_opens_it(folder: Path) -> None:

@@ -166,22 +166,32 @@ static PyObject *cache_open(PyObject *self, PyObject *arguments) {
     return result;
 }
 
+/* Whether a signal's handler has raised something, such as Ctrl-C. context: where the thread's state is while it is without the GIL. */
+static bool signalled(void *context) {
+    PyThreadState **released = context;
+    PyEval_RestoreThread(*released);
+    bool raised = PyErr_CheckSignals() != 0;
+    *released = PyEval_SaveThread();
+    return raised;
+}
+
 static PyObject *cache_acquire(PyObject *self, PyObject *arguments) {
     (void)self;
     PyObject *capsule, *values;
-    double seconds;
+    PyThreadState *released;
+    struct mm_patience patience = {.interrupted = signalled, .context = &released};
     int64_t items[MOST_ITEMS], found[MOST_ITEMS];
     Py_ssize_t count = 0;
-    if (!PyArg_ParseTuple(arguments, "OOd:cache_acquire", &capsule, &values, &seconds)) return NULL;
+    if (!PyArg_ParseTuple(arguments, "OOd:cache_acquire", &capsule, &values, &patience.seconds)) return NULL;
     struct mm_cache *cache = PyCapsule_GetPointer(capsule, CACHE_NAME);
     if (!cache || !integers_of(values, items, MOST_ITEMS, &count)) return NULL;
     struct mm_memory_problem problem = {.timeout = false};
-    PyThreadState *released = PyEval_SaveThread();
-    bool good = mm_cache_acquire(cache, items, count, found, seconds, &problem);
+    released = PyEval_SaveThread();
+    bool good = mm_cache_acquire(cache, items, count, found, &patience, &problem);
     PyEval_RestoreThread(released);
-    if (!good) return raise_problem(&problem);
+    if (!good) return problem.interrupted ? NULL : raise_problem(&problem);
     if (PyErr_CheckSignals()) { /* a Ctrl-C of meanwhile: raised behind our back it would leave the pins to nobody */
-        mm_cache_release(cache, items, count);
+        mm_cache_release(cache, items, count, &problem);
         return NULL;
     }
     PyObject *list = PyList_New(count);
@@ -189,7 +199,7 @@ static PyObject *cache_acquire(PyObject *self, PyObject *arguments) {
         PyObject *slot = PyLong_FromLongLong(found[i]);
         if (!slot || PyList_SetItem(list, i, slot)) Py_CLEAR(list);
     }
-    if (!list) mm_cache_release(cache, items, count);
+    if (!list) mm_cache_release(cache, items, count, &problem);
     return list;
 }
 
@@ -201,8 +211,10 @@ static PyObject *cache_release(PyObject *self, PyObject *arguments) {
     if (!PyArg_ParseTuple(arguments, "OO:cache_release", &capsule, &values)) return NULL;
     struct mm_cache *cache = PyCapsule_GetPointer(capsule, CACHE_NAME);
     if (!cache || !integers_of(values, items, MOST_ITEMS, &count)) return NULL;
-    mm_cache_release(cache, items, count);
-    return none();
+    struct mm_memory_problem problem;
+    if (mm_cache_release(cache, items, count, &problem)) return none();
+    PyErr_SetString(PyExc_ValueError, problem.text);
+    return NULL;
 }
 
 static PyObject *cache_prefetch(PyObject *self, PyObject *arguments) {
@@ -245,8 +257,9 @@ PyMethodDef mm_memory_methods[] = {
      "cache_open(paths, pieces, items, slots, slot_bytes, readers, half_life, bytes_per_second) -> (cache, address): pieces is int64 "
      "[pieces, 5], native: item, file, begin, bytes, place in the slot; sorted by item. bytes_per_second 0: no simulated disk. OSError."},
     {"cache_acquire", cache_acquire, METH_VARARGS,
-     "cache_acquire(cache, items, seconds) -> list of slots: pins distinct items and waits for them. OSError; TimeoutError."},
-    {"cache_release", cache_release, METH_VARARGS, "cache_release(cache, items): unpins."},
+     "cache_acquire(cache, items, seconds) -> list of slots: pins distinct items and waits for them. OSError; TimeoutError; what a "
+     "signal's handler raises meanwhile, such as KeyboardInterrupt. Then none is pinned."},
+    {"cache_release", cache_release, METH_VARARGS, "cache_release(cache, items): unpins. ValueError: one isn't pinned."},
     {"cache_prefetch", cache_prefetch, METH_VARARGS, "cache_prefetch(cache, items) -> int: how many were taken to be read ahead."},
     {"cache_statistics", cache_statistics, METH_VARARGS, "cache_statistics(cache, reset) -> dict of counts."},
     {NULL, NULL, 0, NULL},
