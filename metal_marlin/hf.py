@@ -294,6 +294,12 @@ class FileCheck:
             self.mapping.check()
         return FileCheck(None)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Of a pickled model, which owns its weights too."""
+        if self.mapping is not None:
+            self.mapping.check()
+        return FileCheck, (None,)
+
 
 class ReadAhead:
     """A thread that reads ranges of a mapping into memory, while checks and the loader go through names.

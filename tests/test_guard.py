@@ -5,6 +5,7 @@ was missing. What the handler does with every other SIGBUS, and threads under th
 from __future__ import annotations
 
 import copy
+import io
 import os
 import shutil
 import signal
@@ -158,6 +159,22 @@ def test_while_it_is_copied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Packed, "__deepcopy__", cutting)
     with pytest.raises(OSError, match=CHANGED):
         copy.deepcopy(model)
+
+
+def test_a_whole_model_in_a_pickle(folder: Path) -> None:
+    """Owns its weights; not written once the file has changed."""
+    model, stream, ids = loaded(folder), io.BytesIO(), torch.arange(12).view(1, 12)
+    torch.save(model, stream)
+    with torch.inference_mode():
+        want = model(ids).logits
+    cut(folder)
+    with pytest.raises(OSError, match=CHANGED):
+        torch.save(model, io.BytesIO())
+    stream.seek(0)
+    again = torch.load(stream, weights_only=False)
+    with torch.inference_mode():
+        assert same_bits(again(ids).logits, want)
+    assert type(again.model.layers[0].mlp.gate) is type(model.model.layers[0].mlp.gate)
 
 
 @pytest.mark.parametrize("copied", [False, True])
