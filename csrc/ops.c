@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "cpu/cpu.h"
+#include "memory/memory.h"
 #include "mm.h"
 #include "mps/mps.h"
 #include "quantize/search.h"
@@ -137,6 +138,18 @@ static bool unbox_argument(struct mm_call *call, int index, mm_stable_ivalue val
     }
 }
 
+/* After the work: whether the mapped files that it read are as they were when it began. Here, since compiled models ask nowhere else. */
+static bool files_same(struct mm_call *call) {
+    struct mm_span spans[MM_MAX_ARGUMENTS];
+    struct mm_memory_problem problem;
+    int count = 0;
+    if (on_mps(call)) return true; /* what was encoded runs later */
+    for (int i = 0; i < call->op->arguments; i++)
+        if (call->op->types[i] == 'T') /* stacks of int16 alone lie in several files: 2 bytes an element */
+            spans[count++] = (struct mm_span){call->arguments[i].tensor.data, 2 * (size_t)call->arguments[i].tensor.numel};
+    return mm_maps_same(spans, count, &problem) || fail(call, "%s", problem.text);
+}
+
 /* Takes ownership of everything on the stack first, so that an error anywhere frees it all. */
 static void run_boxed(const struct mm_op *op, mm_stable_ivalue *stack, uint64_t n_in, uint64_t n_out) {
     struct mm_call call = {.op = op};
@@ -153,7 +166,8 @@ static void run_boxed(const struct mm_op *op, mm_stable_ivalue *stack, uint64_t 
     }
     if (!done) fail(&call, "called with %d arguments; expected %d", (int)n_in, op->arguments);
     for (int i = 0; i < op->arguments && done; i++) done = unbox_argument(&call, i, stack[i]);
-    done = done && op->run(&call);
+    if (done) mm_maps_watch();
+    done = done && op->run(&call) && files_same(&call);
     for (int i = 0; i < op->arguments; i++) {
         if (call.arguments[i].tensor.handle) mm_torch.aoti_torch_delete_tensor_object(call.arguments[i].tensor.handle);
         if (call.arguments[i].string_handle) mm_torch.torch_delete_string(call.arguments[i].string_handle);

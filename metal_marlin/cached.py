@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,7 +98,8 @@ class CachedWeightBuffers:
 
     ValueError: a budget below one token's experts, which the message states, or arguments that make no sense. OSError:
     a file that can't be opened, is truncated, or, later, has changed or can't be read; nothing wrong is ever computed.
-    The readers do not survive a fork: a forked process gets an OSError and must load the model itself.
+    The readers do not survive a fork: in a forked process `acquire` is an OSError (it must load the model itself),
+    `release` and `prefetch` do nothing, and statistics are zeros.
     """
 
     def __init__(
@@ -151,13 +153,24 @@ class CachedWeightBuffers:
     def acquire(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Pins distinct experts of a layer, waits for them, and returns their slots. To be followed by `release`.
 
-        OSError: more experts than slots, or as above. TimeoutError: the disk stalls. Then none is pinned.
+        OSError: more experts than slots, or as above. TimeoutError: the disk stalls. KeyboardInterrupt ends the wait.
+        Then none is pinned.
         """
-        return _C.cache_acquire(self._cache, self._items(layer, experts), self.timeout)
+        return _C.cache_acquire(self._cache, self._items(layer, experts, distinct=True), self.timeout)
 
     def release(self, layer: int, experts: Sequence[int]) -> None:
-        """Unpins what `acquire` has pinned. Experts that are never released stay for good."""
-        _C.cache_release(self._cache, self._items(layer, experts))
+        """Unpins what `acquire` has pinned. Experts that are never released stay for good.
+
+        ValueError: one of them is not pinned; then nothing is unpinned.
+        """
+        items = self._items(layer, experts, distinct=True)
+        try:
+            _C.cache_release(self._cache, items)
+        except ValueError:
+            raise ValueError(
+                f"experts are {list(experts)} of layer {layer}, and one of them is not in use; expected experts that"
+                " were acquired and not released since"
+            ) from None
 
     @contextlib.contextmanager
     def use(self, layer: int, experts: Sequence[int]) -> Iterator[list[int]]:
@@ -178,18 +191,29 @@ class CachedWeightBuffers:
     def statistics(self, *, reset: bool = False) -> Statistics:
         return Statistics(**_C.cache_statistics(self._cache, reset))
 
-    def _items(self, layer: int, experts: Sequence[int]) -> list[int]:
+    def _items(self, layer: int, experts: Sequence[int], distinct: bool = False) -> list[int]:
+        """Their numbers in the cache. ValueError, TypeError: no such layer or experts."""
+        if not isinstance(layer, int) or not 0 <= layer < len(self._first) - 1:
+            error = ValueError if isinstance(layer, int) else TypeError
+            raise error(f"layer is {layer!r}; expected a whole number from 0 to {len(self._first) - 2}")
         first, end = self._first[layer], self._first[layer + 1]
-        items = [first + e for e in experts]
+        try:
+            items = [first + operator.index(e) for e in experts]
+        except TypeError:
+            raise TypeError(f"experts are {experts!r}; expected whole numbers from 0 to {end - first - 1}") from None
         if items and not first <= min(items) <= max(items) < end:
             raise ValueError(f"experts are {list(experts)}; expected 0 to {end - first - 1}, as layer {layer} has")
+        if distinct and len(set(items)) < len(items):
+            raise ValueError(f"experts are {list(experts)}; expected each of them once")
         return items
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CachedWeightBuffers:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError("a model with a cache of experts can't be pickled: load it where it is needed")
+        raise TypeError(
+            "a model with a cache of experts can't be pickled: load it where it is needed, or without cache_bytes"
+        )
 
 
 class CachedStack(Packed):
@@ -218,6 +242,16 @@ class CachedStack(Packed):
         for e, slot in zip(experts, slots, strict=True):
             rows[e, 0] = slot * size + self.places[e]
         return _Bound(self.cache.tiles, table, self.suh, self.svh, self.bias, self.formats)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}trellis" in state_dict:
+            args[-1].append(
+                f"{prefix}trellis: the tiles of cached experts are read from the checkpoint's files and can't be"
+                " replaced; load the model without cache_bytes"
+            )
+            tiles = (f"{prefix}trellis", f"{prefix}table")
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tiles}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _Tables:
@@ -255,7 +289,8 @@ class CachedExperts(nn.Module):
 
     A call whose experts all fit into the cache gives the same bits. One with more (a long prompt, a small cache) runs
     in parts, experts in ascending order, and adds them in float32: it differs by float32's rounding. Its gradient is
-    refused: a backward pass would need the tiles again. torch.compile leaves it as it is.
+    refused: a backward pass would need the tiles again. torch.compile leaves it as it is. Its state_dict has the scales
+    only, and takes no tiles: they are the files'.
 
     experts      what it stands in for; its tiles are not touched
     cache, layer the cache, and which of its layers this is

@@ -29,11 +29,13 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{checkpoint.directory} is not an EXL3 model: none of its tensors is a .trellis")
         stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16"
         name = stored if arguments.dtype == "auto" else arguments.dtype
-        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
+        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(name), torch.float32)
+        config = checkpoint.config
         need = arithmetic.need_of(checkpoint, checkpoint.config, arguments.context, dtype)
     free = arithmetic.free_gpu_memory() if gpu else arithmetic.free_memory()
     machine = arithmetic.free_memory().total
     fits = need.total() <= free.free
+    context = 0 if fits else arithmetic.longest_context(config, need, free.free, dtype)
     return {
         "directory": arguments.directory,
         "device": arguments.device,
@@ -41,7 +43,7 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
         "needs": {**dataclasses.asdict(need), "total": need.total(), "least_cache": need.least_cache},
         "memory": dataclasses.asdict(free),
         "fits": fits,
-        "options": [] if fits else arithmetic.options(need, free, gpu=gpu, machine=machine),
+        "options": [] if fits else arithmetic.options(need, free, gpu=gpu, machine=machine, context=context),
     }
 
 
@@ -51,11 +53,16 @@ def fit(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
-        needs, memory = found["needs"], found["memory"]
+        needs, memory, longest = found["needs"], found["memory"], found["needs"]["longest"]
+        beyond = f"; the model is made for {longest}" if longest and needs["context"] > longest else ""
         rows = [
-            ("routed experts", needs["experts"], f"a cache can be as small as {needs['least_cache'] / GB:.3f} GB"),
+            (
+                "routed experts",
+                needs["experts"],
+                f"a cache can be as small as {arithmetic.gigabytes(needs['least_cache'], needs['least_cache'])} GB",
+            ),
             ("other weights", needs["dense"], f"scales, attention, embeddings ({found['dtype']})"),
-            ("KV cache", needs["kv_cache"], f"{needs['context']} tokens"),
+            ("KV cache", needs["kv_cache"], f"{needs['context']} tokens{beyond}"),
             ("activations", needs["activations"], "at most, while those tokens are read"),
             ("needed", needs["total"], ""),
             ("free", memory["free"], f"of {memory['total'] / GB:.2f} GB: {memory['source']}"),

@@ -29,8 +29,8 @@ def load(
     config.json. ImportError: no transformers. ValueError: what the loaders refuse, and "mps" where its backend is off.
     MemoryError: the model doesn't fit.
     """
-    if cache_gb is not None and not 0 < cache_gb < math.inf:
-        raise ValueError(f"--cache-gb is {cache_gb:g}; expected more than 0")
+    if cache_gb is not None and not 1e-9 <= cache_gb < 1e9:
+        raise ValueError(f"--cache-gb is {cache_gb:g}; expected more than 0, and less than 1e9")
     if cache_gb is not None and device == "mps":
         raise ValueError("--cache-gb is set and --device is mps; experts are cached on the CPU only")
     if device == "mps" and (problem := mps_problem()):
@@ -53,7 +53,7 @@ def load(
         ) from None
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **options)
-    cache_bytes = None if cache_gb is None else int(cache_gb * 1e9)
+    cache_bytes = None if cache_gb is None else round(cache_gb * 1e9)
     with metal_marlin.hf.loading(cache_bytes=cache_bytes, check=check):
         model = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, **options)
     if device == "mps" and check and model.config.to_dict().get("quantization_config"):

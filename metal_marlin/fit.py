@@ -11,7 +11,7 @@ import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,6 +20,7 @@ from metal_marlin.weights import Checkpoint
 
 GB = 1e9
 DEFAULT_CONTEXT = 4096
+MOST_CONTEXT = 1 << 40
 SCRATCH_BYTES = 64 << 20  # csrc/cpu/moe.c cuts a call's rows into chunks of so much
 #: Left to the system when a higher wired limit is proposed: a GPU that wires all of memory hangs a Mac.
 MAC_RESERVE_BYTES = 4 << 30
@@ -36,6 +37,7 @@ class Need:
     context: int
     top_k: int
     expert_bytes: int  # the largest expert's tiles: what one slot of a cache takes
+    longest: int | None = None  # tokens that the model is made for
 
     def total(self, cache_bytes: int | None = None) -> int:
         """All of them, with all experts in memory or with a cache of so many bytes."""
@@ -62,13 +64,18 @@ def need_of(
 ) -> Need:
     """What a model takes on one device, one sequence of `context` tokens, activations and plain tensors in `dtype`.
 
-    ValueError: a context that isn't positive, or a config that lacks a size.
+    ValueError: a context that isn't positive, no config.json, or one that lacks a size or has something else for it.
     """
-    config = config.get("text_config") or config
+    if not config:
+        raise ValueError(
+            f"{checkpoint.directory} has no config.json, or an empty one; expected the model's sizes there"
+        )
+    config = text_config(config)
+    longest = optional(config, "max_position_embeddings")
     if context is None:
-        context = min(DEFAULT_CONTEXT, config.get("max_position_embeddings") or DEFAULT_CONTEXT)
-    if context < 1:
-        raise ValueError(f"context is {context}; expected at least 1")
+        context = min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
+    if not 1 <= context <= MOST_CONTEXT:
+        raise ValueError(f"context is {context}; expected at least 1, and at most {MOST_CONTEXT}")
     experts, by_expert = 0, dict[str, int]()
     packed = {name for group in checkpoint.groups.values() for name in group.names.values()}
     dense = 0
@@ -92,17 +99,48 @@ def need_of(
         kv_cache=kv_cache_bytes(config, context, dtype),
         activations=activation_bytes(config, context, dtype),
         context=context,
-        top_k=config.get("num_experts_per_tok") or config.get("moe_topk") or 1,
+        top_k=optional(config, "num_experts_per_tok") or optional(config, "moe_topk") or 1,
         expert_bytes=max(by_expert.values(), default=0),
+        longest=longest or None,
     )
+
+
+def longest_context(config: dict[str, Any], need: Need, free: int, dtype: torch.dtype) -> int:
+    """The most tokens, of those that the model is made for, with which it fits into so many bytes; 0: none."""
+    config, room = text_config(config), free - need.total() + need.kv_cache + need.activations
+    low, high = 0, min(need.context, need.longest or need.context) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = kv_cache_bytes(config, middle, dtype) + activation_bytes(config, middle, dtype) <= room
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that says what the language model is."""
+    found = config.get("text_config") or config
+    if not isinstance(found, dict):
+        raise ValueError(f"config.json: text_config is {found!r}; expected an object")
+    return found
 
 
 def size(config: dict[str, Any], name: str) -> int:
     """A size that config.json must have."""
-    value = config.get(name)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"config.json: {name} is {value!r}; expected a positive number")
+    return optional(config, name) or _refuse(name, config.get(name), "a positive number")
+
+
+def optional(config: dict[str, Any], name: str) -> int:
+    """A size that config.json may have, 0 if it hasn't. Of a list, one for each layer, the largest."""
+    value = config.get(name) or 0
+    if isinstance(value, list) and all(type(each) is int for each in value):
+        value = max(value)
+    if type(value) is not int or value < 0:
+        _refuse(name, config[name], "a positive number")
     return value
+
+
+def _refuse(name: str, value: object, expected: str) -> NoReturn:
+    raise ValueError(f"config.json: {name} is {value!r}; expected {expected}")
 
 
 def kv_cache_bytes(config: dict[str, Any], context: int, dtype: torch.dtype) -> int:
@@ -112,14 +150,16 @@ def kv_cache_bytes(config: dict[str, Any], context: int, dtype: torch.dtype) -> 
     Models with compressed keys and values (kv_lora_rank) are counted expanded, which is what transformers caches.
     """
     layers, heads = size(config, "num_hidden_layers"), size(config, "num_attention_heads")
-    if config.get("kv_lora_rank"):
-        key = (config.get("qk_nope_head_dim") or 0) + (config.get("qk_rope_head_dim") or 0)
-        each = heads * (key + (config.get("v_head_dim") or key))
+    if optional(config, "kv_lora_rank"):
+        key = optional(config, "qk_nope_head_dim") + optional(config, "qk_rope_head_dim")
+        each = heads * (key + (optional(config, "v_head_dim") or key))
     else:
-        head = config.get("head_dim") or size(config, "hidden_size") // heads
-        each = 2 * (config.get("num_key_value_heads") or heads) * head
+        head = optional(config, "head_dim") or size(config, "hidden_size") // heads
+        each = 2 * (optional(config, "num_key_value_heads") or heads) * head
     kinds = config.get("layer_types") or ["full_attention"] * layers
-    window = min(context, config.get("sliding_window") or context)
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        _refuse("layer_types", kinds, "a list of names")
+    window = min(context, optional(config, "sliding_window") or context)
     tokens = sum(
         0 if "linear" in kind or "mamba" in kind else window if "sliding" in kind or "chunked" in kind else context
         for kind in kinds
@@ -135,10 +175,9 @@ def activation_bytes(config: dict[str, Any], context: int, dtype: torch.dtype) -
     """
     hidden = size(config, "hidden_size")
     heads = size(config, "num_attention_heads")
-    width = 8 * max(hidden, heads * (config.get("head_dim") or hidden // heads)) + 2 * (
-        config.get("intermediate_size") or 0
-    )
-    return context * width * max(dtype.itemsize, 2) + SCRATCH_BYTES + 4 * (config.get("vocab_size") or 0)
+    width = 8 * max(hidden, heads * (optional(config, "head_dim") or hidden // heads))
+    width += 2 * optional(config, "intermediate_size")
+    return context * width * max(dtype.itemsize, 2) + SCRATCH_BYTES + 4 * optional(config, "vocab_size")
 
 
 # ---- what is free ----
@@ -232,28 +271,38 @@ def amounts(need: Need, cache_bytes: int | None = None) -> str:
     return ", ".join(f"{name} {value / GB:.2f}" for name, value in parts if value)
 
 
-def options(need: Need, free: Free, *, gpu: bool, machine: int) -> list[str]:
-    """What a user can do about a model that doesn't fit, the mildest first."""
+def gigabytes(nbytes: int, least: int = 0) -> str:
+    """Bytes as --cache-gb takes them: rounded down to four digits, but not below `least`."""
+    unit: int = 10 ** max(0, len(str(nbytes)) - 4)
+    return f"{max(nbytes // unit * unit, least) / GB:.9f}".rstrip("0").rstrip(".")
+
+
+def options(need: Need, free: Free, *, gpu: bool, machine: int, context: int = 0) -> list[str]:
+    """What a user can do about a model that doesn't fit, the mildest first. context: the longest one that fits."""
     found = []
     command = raise_limit_command(need.total(), machine) if gpu else None
     if command:
         found.append(f"let the GPU use more, until the next start: {command}")
-    if need.kv_cache + need.activations > need.total() - free.free:
-        found.append("a shorter context: --context N, or metal_marlin.hf.loading(context=N)")
+    if context:
+        found.append(f"a shorter context: --context {context}, or metal_marlin.hf.loading(context={context}), fits")
     room = free.free - need.total(0)
     if need.experts and not gpu and room >= need.least_cache:
+        gb = gigabytes(room, need.least_cache)
         found.append(
-            f"keep {room / GB:.2f} GB of experts in memory and read the others when they are needed:"
-            f" --cache-gb {int(room / 1e7) / 100:g}, or metal_marlin.hf.loading(cache_bytes={room})"
+            f"keep {gb} GB of experts in memory and read the others when they are needed: --cache-gb {gb}, or"
+            f" metal_marlin.hf.loading(cache_bytes={room})"
         )
-    found.append("fewer bits: the same model quantized to a lower rate")
+    if need.kv_cache + need.activations < free.free:
+        found.append("fewer bits: the same model quantized to a lower rate")
     found.append(
         "load it all the same: --no-check, or metal_marlin.hf.loading(check=False); it may be slow, or be ended"
     )
     return found
 
 
-def refusal(where: object, need: Need, free: Free, cache_bytes: int | None = None, *, gpu: bool = False) -> str | None:
+def refusal(
+    where: object, need: Need, free: Free, cache_bytes: int | None = None, *, gpu: bool = False, context: int = 0
+) -> str | None:
     """Why the model isn't loaded, with the numbers and the options; None if it fits."""
     total = need.total(cache_bytes)
     if total <= free.free:
@@ -261,6 +310,6 @@ def refusal(where: object, need: Need, free: Free, cache_bytes: int | None = Non
     lines = [
         f"{where} does not fit: it needs {total / GB:.2f} GB ({amounts(need, cache_bytes)});"
         f" {free.free / GB:.2f} of {free.total / GB:.2f} GB are free ({free.source})",
-        *options(need, free, gpu=gpu, machine=free_memory().total if gpu else free.total),
+        *options(need, free, gpu=gpu, machine=free_memory().total if gpu else free.total, context=context),
     ]
     return "\n  - ".join(lines)

@@ -236,9 +236,12 @@ class Exl3Quantizer(HfQuantizer):
                 model.metal_marlin_cache = install_cache(model, self.plan, self.checkpoint)
             if self.readahead is not None:
                 self.readahead.wait()
-                mapping.check()
             for module in {id(part): part for part in (model, model.base_model)}.values():
                 module.register_forward_pre_hook(FileCheck(mapping))
+                module.register_forward_hook(FileCheck(mapping))
+                module.metal_marlin_files = FileCheck(mapping)
+        if self.checkpoint is not None:
+            self.checkpoint.check()  # what was copied or cast has been read by now
         self.checkpoint = self.readahead = None
         if self.group:
             self.group.start()
@@ -271,20 +274,31 @@ class Exl3Quantizer(HfQuantizer):
 
 
 class FileCheck:
-    """A forward pre-hook: OSError instead of wrong results, or of the process's end, if a mapped file has changed."""
+    """A hook before and after a forward pass: OSError instead of wrong results if a mapped file has changed.
+
+    The ops check what they read themselves, also where hooks are compiled away; this is for embeddings, norms and heads
+    that aren't quantized, which torch reads, and says so before anything is computed.
+    """
 
     def __init__(self, mapping: MappedFiles | None) -> None:
         self.mapping = mapping
 
-    def __call__(self, module: Any, arguments: Any) -> None:
-        if self.mapping is not None and not torch.compiler.is_compiling():  # what is compiled checks nothing
+    def __call__(self, module: Any, arguments: Any, output: Any = None) -> None:
+        if self.mapping is not None and not torch.compiler.is_compiling():
             self.mapping.check()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FileCheck:
-        """Of a model's copy, which owns its weights. Hooks are copied before the weights are read for it."""
+        """Of a model's copy, which owns its weights. Hooks are copied before the weights are read for it, attributes
+        afterwards: a model has both."""
         if self.mapping is not None:
             self.mapping.check()
         return FileCheck(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Of a pickled model, which owns its weights too."""
+        if self.mapping is not None:
+            self.mapping.check()
+        return FileCheck, (None,)
 
 
 class ReadAhead:

@@ -110,7 +110,8 @@ def check_fit(
     need = fit.need_of(checkpoint, config, options.context, dtype)
     need = replace(need, experts=-(-need.experts // processes))  # this process's part, if they are spread
     free = fit.free_gpu_memory() if gpu else fit.free_memory()
-    problem = fit.refusal(checkpoint.directory, need, free, options.cache_bytes, gpu=gpu)
+    shorter = fit.longest_context(config, need, free.free, dtype) if options.cache_bytes is None else 0
+    problem = fit.refusal(checkpoint.directory, need, free, options.cache_bytes, gpu=gpu, context=shorter)
     if problem:
         raise MemoryError(problem)
 

@@ -89,6 +89,14 @@ class FusedRouter:
         logits = rest[0]
         return (logits if bias is None else logits + bias), scores, ids
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """The class is made when it is needed, so that pickles name what it is made of."""
+        return _new_fused, (type(self).__bases__[1],), self.__dict__.copy()
+
+
+def _new_fused(base: type) -> Any:
+    return object.__new__(_fused_class(base))
+
 
 def fuse_routers(model: nn.Module) -> int:
     """Swaps every router of `model` that the op can stand in for, in place; weights may still be on the meta device.

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from metal_marlin.sharding import ExpertGroup
+from metal_marlin.sharding import ExpertGroup, check_group
 
 logger = logging.getLogger("transformers.metal_marlin")
 STYLE = "metal_marlin_experts"
@@ -27,7 +27,9 @@ _asked: ContextVar[ExpertGroup | None] = ContextVar("shard_experts", default=Non
 @contextmanager
 def shard_experts(group: ExpertGroup) -> Iterator[None]:
     """Inside of it, from_pretrained of an EXL3 folder loads this rank's part of every layer's quantized experts, and
-    everything else whole. All ranks must load the same model. `group` is used by the model from then on."""
+    everything else whole. All ranks must load the same model. `group` is used by the model from then on. TypeError: it
+    is no ExpertGroup."""
+    check_group(group)
     token = _asked.set(group)
     try:
         yield

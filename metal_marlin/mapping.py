@@ -56,20 +56,28 @@ class MappedFiles:
         place = self.place(info)
         view = self.span(place, math.prod(info.shape), dtype).view(info.shape)
         packed = info.dtype == "I16" and len(info.shape) == 3
-        return view.clone() if place % dtype.itemsize and info.nbytes <= COPIED_BYTES and not packed else view
+        if not place % dtype.itemsize or info.nbytes > COPIED_BYTES or packed:
+            return view
+        copied = view.clone()
+        self.check(info)
+        return copied
 
     def read(self, info: TensorInfo) -> bytes:
         """A tensor's bytes, copied."""
         place = self.place(info)
-        return bytes(self._bytes[place : place + info.nbytes])
+        copied = bytes(self._bytes[place : place + info.nbytes])
+        self.check(info)
+        return copied
 
     def span(self, place: int, count: int, dtype: torch.dtype) -> Tensor:
         """`count` elements from the byte `place` on, as they are. ValueError: beyond the files."""
         return torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=place)
 
-    def check(self) -> None:
-        """OSError if a file has changed since it was mapped. Reading beyond the end of one would end the process."""
-        _C.map_check(self._map)
+    def check(self, info: TensorInfo | None = None) -> None:
+        """OSError if a file, or the one that a tensor lies in, has changed since it was mapped, or was too short when
+        somebody read it: such reads are zeros (csrc/memory/guard.c), so whoever reads the mapping otherwise than
+        through our ops calls this after it."""
+        _C.map_check(self._map, *((self.place(info), info.nbytes) if info else ()))
 
     def populate(self, begin: int = 0, end: int | None = None) -> None:
         """Reads bytes `begin` to `end` of the mapping now, in order, rather than page by page at their first use."""

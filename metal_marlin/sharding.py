@@ -45,8 +45,11 @@ _names = itertools.count()
 def expert_range(num_experts: int, size: int, rank: int) -> range:
     """The experts of one of `size` ranks: neighbours, and one more on the first ranks if they don't divide evenly.
 
-    ValueError: more ranks than experts, or no such rank.
+    ValueError: more ranks than experts, or no such rank. TypeError: no whole numbers.
     """
+    for name, value in (("num_experts", num_experts), ("size", size), ("rank", rank)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r}; expected a whole number")
     if not 0 <= rank < size:
         raise ValueError(f"rank is {rank}; expected 0 to {size - 1}")
     if size > num_experts:
@@ -66,9 +69,9 @@ class ExpertGroup:
     start_timeout  seconds to wait for the other ranks before the first exchange, while they load their weights
 
     A group of its own is made of the given one's ranks and backend, so that the timeout is this one's. RuntimeError: no
-    process group is there, or a rank didn't come; ValueError: a timeout that is no positive number. Whatever goes wrong
-    in an exchange is a RuntimeError on every rank that is still there, a few seconds after the timeout at the latest;
-    the group can't be used after it.
+    process group is there, or a rank didn't come; ValueError: a timeout that is not positive; TypeError: a timeout that
+    is no number, a group that is none. Whatever goes wrong in an exchange is a RuntimeError on every rank that is still
+    there, a few seconds after the timeout at the latest; the group can't be used after it.
 
     .rank, .size; .collectives, .nbytes, .seconds: exchanges so far, the bytes that this rank gave, the time they took
     """
@@ -87,7 +90,14 @@ class ExpertGroup:
             )
         if timeout is None:
             timeout = _timeout_of(os.environ.get("METAL_MARLIN_SHARD_TIMEOUT"))
+        outside: Any = dist.GroupMember.NON_GROUP_MEMBER  # what new_group gives those who aren't in it
+        if group is not None and group != outside and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"group is {group!r}; expected a torch.distributed process group, or None for the default one"
+            )
         for name, value in (("timeout", timeout), ("start_timeout", start_timeout)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} is {value!r}; expected a number of seconds")
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value}; expected a positive number of seconds")
         self.timeout, self.start_timeout = float(timeout), float(start_timeout)
@@ -290,6 +300,12 @@ class ExpertGroup:
         return f"ExpertGroup(rank={self.rank}, size={self.size}, timeout={self.timeout:g})"
 
 
+def check_group(group: object) -> None:
+    """TypeError for anything but an ExpertGroup."""
+    if not isinstance(group, ExpertGroup):
+        raise TypeError(f"group is {group!r}; expected an ExpertGroup, as ExpertGroup() makes of a process group")
+
+
 class ShardedExperts(TrellisExperts):
     """TrellisExperts of which this process holds a part; forward takes the ids of the whole layer and gives its sum.
 
@@ -315,6 +331,7 @@ class ShardedExperts(TrellisExperts):
         group: ExpertGroup,
         **options: Any,
     ) -> None:
+        check_group(group)
         super().__init__(gate_proj, up_proj, down_proj, hidden_dim, intermediate_dim, **options)
         self.own = expert_range(total_experts, group.size, group.rank)
         if self.num_experts != len(self.own):
@@ -348,6 +365,7 @@ class ShardedExperts(TrellisExperts):
     ) -> ShardedExperts:
         """This rank's part of the experts `prefix`.E.`names`, such as model.layers.0.mlp.experts; no other expert's
         weights are read. `options` are activation, alpha and limit."""
+        check_group(group)
         group.identify(checkpoint)
         total = checkpoint.count_experts(prefix, names)
         own = checkpoint.experts(prefix, names, expert_range(total, group.size, group.rank))

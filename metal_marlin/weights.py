@@ -161,7 +161,10 @@ class Checkpoint:
         if name not in self.tensors:
             raise ValueError(f"{self.directory} has no tensor {name}")
         loaded = self.mapping.tensor(self.tensors[name])
-        return loaded.clone() if self.copy else loaded
+        if self.copy:
+            loaded = loaded.clone()
+            self.mapping.check(self.tensors[name])
+        return loaded
 
     @property
     def mapping(self) -> MappedFiles:
@@ -180,7 +183,8 @@ class Checkpoint:
                 raise OSError(f"{file} was replaced or written to after its header was read; open the folder again")
 
     def check(self) -> None:
-        """OSError if a file has changed since it was opened: call it before computing with tensors that are views."""
+        """OSError if a file has changed since it was opened. The ops ask for what they read; for what torch computes
+        with tensors that are views, call it afterwards."""
         self.mapping.check()
 
     def linear(self, prefix: str) -> TrellisTensor:

@@ -1,5 +1,5 @@
 /* Stresses the cache of experts (csrc/memory/cache.c) without Python: is a byte ever wrong, a pin lost, a wait endless?
- *   cc -std=c11 -O1 -g -fsanitize=thread -Icsrc tests/cache.c csrc/memory/map.c csrc/memory/cache.c -lm -lpthread -o cache && ./cache DIR
+ *   cc -std=c11 -O1 -g -fsanitize=thread -Icsrc tests/cache.c csrc/memory/{map,guard,cache}.c -lm -lpthread -o cache && ./cache DIR
  * Every 8 bytes of the files are a hash of their place, so that a user of a slot can check all of them without the file. Prints a
  * line for each part, and what it counted; exit status 1 if anything was wrong. */
 #ifdef __linux__
@@ -35,6 +35,8 @@ static uint64_t mixed(uint64_t x) { /* splitmix64 */
 static uint64_t expected(int64_t item, int64_t word, uint64_t version) {
     return mixed((uint64_t)(item * PIECES * WORDS + word) + (version << 40));
 }
+
+#define WAIT(s) (&(struct mm_patience){.seconds = (s)})
 
 static void sleep_ms(long ms) { nanosleep(&(struct timespec){ms / 1000, ms % 1000 * 1000000}, NULL); }
 
@@ -102,13 +104,13 @@ static void *use(void *context) {
         for (int64_t i = 0; i < count; i++) items[i] = (first + i * 7) % ITEMS;
         for (int64_t i = 0; i < 4; i++) ahead[i] = (first + i * 11) % ITEMS;
         if (user->seed >> 40 & 1) mm_cache_prefetch(user->cache, ahead, 4);
-        if (!mm_cache_acquire(user->cache, items, count, slots, 20, &problem)) {
+        if (!mm_cache_acquire(user->cache, items, count, slots, WAIT(20), &problem)) {
             atomic_fetch_add(&errors, 1);
             if (problem.timeout) fail("a wait that does not end", problem.text);
             continue;
         }
         for (int64_t i = 0; i < count; i++) check_slot(user->cache, items[i], slots[i]);
-        mm_cache_release(user->cache, items, count);
+        if (!mm_cache_release(user->cache, items, count, &problem)) fail("release", problem.text);
         atomic_fetch_add(&rounds, 1);
     }
     return NULL;
@@ -171,33 +173,51 @@ static void expect(const char *name, bool good, const char *text, const char *pa
     else printf("%s: %s\n", name, text);
 }
 
+static bool third_time(void *context) { return ++*(int *)context == 3; }
+
 static void refusals(void) {
     struct mm_memory_problem problem = {.text = ""};
     int64_t items[SLOTS + 1], slots[SLOTS + 1];
     for (int64_t i = 0; i <= SLOTS; i++) items[i] = i;
     struct mm_cache *cache = opened(SLOTS, 0, NULL, &problem);
-    expect("too many", mm_cache_acquire(cache, items, SLOTS + 1, slots, 1, &problem), problem.text, "the cache holds 10");
-    expect("no such item", mm_cache_acquire(cache, (int64_t[]){ITEMS}, 1, slots, 1, &problem), problem.text, "item 60");
-    if (!mm_cache_acquire(cache, items, SLOTS, slots, 5, &problem)) fail("all slots", problem.text);
-    expect("no room", mm_cache_acquire(cache, (int64_t[]){40}, 1, slots, 0.05, &problem), problem.text, "no room");
+    expect("too many", mm_cache_acquire(cache, items, SLOTS + 1, slots, WAIT(1), &problem), problem.text, "the cache holds 10");
+    expect("no such item", mm_cache_acquire(cache, (int64_t[]){ITEMS}, 1, slots, WAIT(1), &problem), problem.text, "item 60");
+    if (!mm_cache_acquire(cache, items, SLOTS, slots, WAIT(5), &problem)) fail("all slots", problem.text);
+    expect("no room", mm_cache_acquire(cache, (int64_t[]){40}, 1, slots, WAIT(0.05), &problem), problem.text, "no room");
     if (!problem.timeout) fail("no room", "is no timeout");
     if (mm_cache_prefetch(cache, (int64_t[]){41}, 1)) fail("prefetch", "took a pinned slot");
     pid_t child = fork();
-    if (!child) _exit(!mm_cache_acquire(cache, items, 1, slots, 5, &problem) && strstr(problem.text, "fork") ? 0 : 1);
+    if (!child) {
+        bool refused = !mm_cache_acquire(cache, items, 1, slots, WAIT(5), &problem) && strstr(problem.text, "fork");
+        int descriptor = dup(0), after;
+        mm_cache_close(cache); /* gives back its files, at least */
+        after = dup(0);
+        _exit(refused && after < descriptor ? 0 : 1);
+    }
     int status = 1;
     if (waitpid(child, &status, 0) < 0 || status) fail("fork", "the child was not refused");
-    mm_cache_release(cache, items, SLOTS);
+    expect("releasing what nobody has", mm_cache_release(cache, (int64_t[]){0, 41}, 2, &problem), problem.text, "item 41 is not in use");
+    expect("releasing no item", mm_cache_release(cache, (int64_t[]){ITEMS}, 1, &problem), problem.text, "item 60 is not in use");
+    if (!mm_cache_release(cache, items, SLOTS, &problem)) fail("release", problem.text);
+    expect("releasing twice", mm_cache_release(cache, items, SLOTS, &problem), problem.text, "item 0 is not in use");
     mm_cache_close(cache);
 
     cache = opened(SLOTS, 1000, NULL, &problem); /* 24 s an item */
-    expect("a stalling disk", mm_cache_acquire(cache, items, 1, slots, 0.05, &problem), problem.text, "stalls");
+    expect("a stalling disk", mm_cache_acquire(cache, items, 1, slots, WAIT(0.05), &problem), problem.text, "stalls");
     if (!problem.timeout) fail("a stalling disk", "is no timeout");
+    int asked = 0;
+    struct mm_patience short_one = {.seconds = 20, .interrupted = third_time, .context = &asked};
+    expect("interrupted", mm_cache_acquire(cache, items + 1, 2, slots, &short_one, &problem), problem.text, "interrupted");
+    if (!problem.interrupted || asked != 3) fail("interrupted", "not at the third time");
+    int64_t counts[5];
+    mm_cache_slots(cache, counts);
+    if (counts[4]) fail("interrupted", "a pin was left");
     mm_cache_close(cache);
 
     cache = opened(SLOTS, 0, "/", &problem); /* opens, but can't be read */
     if (!cache) fail("a directory", problem.text);
-    expect("a read error", mm_cache_acquire(cache, items, 1, slots, 5, &problem), problem.text, "reading 8 bytes at 0");
-    if (!mm_cache_acquire(cache, items + 1, 1, slots, 5, &problem)) fail("after a read error", problem.text);
+    expect("a read error", mm_cache_acquire(cache, items, 1, slots, WAIT(5), &problem), problem.text, "reading 8 bytes at 0");
+    if (!mm_cache_acquire(cache, items + 1, 1, slots, WAIT(5), &problem)) fail("after a read error", problem.text);
     mm_cache_close(cache);
 
     if (truncate(paths[1], HEAD + 1)) exit(2);

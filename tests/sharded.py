@@ -90,8 +90,13 @@ def forward(rank: int, size: int, directory: Path, level: str) -> dict[str, Any]
 def mistakes(rank: int, size: int, directory: Path, other: Path) -> dict[str, str]:
     """Bad input that every rank must survive and name, and good calls between."""
     found: dict[str, str] = {}
-    for name, options in (("timeout", {"timeout": 0}), ("start_timeout", {"start_timeout": float("nan")})):
-        found[name] = raised(lambda options=options: ExpertGroup(**options))
+    options: dict[str, dict[str, Any]] = {
+        "timeout": {"timeout": 0}, "start_timeout": {"start_timeout": float("nan")}, "text": {"timeout": "60"},
+        "a backend": {"group": "gloo"},
+    }  # fmt: skip
+    for name, one in options.items():
+        found[name] = raised(lambda one=one: ExpertGroup(**one))
+    found["not a group"] = raised(lambda: ShardedExperts.from_checkpoint(Checkpoint(directory), PREFIX, None))
     group, checkpoint = ExpertGroup(timeout=20), Checkpoint(directory)
     experts = ShardedExperts.from_checkpoint(checkpoint, PREFIX, group, *SIZES)
     good = inputs(4, "float32", experts.total_experts)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +99,42 @@ def test_kv_cache_is_what_transformers_allocates() -> None:
 def test_a_config_without_sizes() -> None:
     with pytest.raises(ValueError, match="num_hidden_layers is None; expected a positive number"):
         fit.kv_cache_bytes({}, 10, torch.float32)
+
+
+STRANGE = {
+    "num_hidden_layers": "6", "num_attention_heads": 2.0, "num_key_value_heads": "2", "head_dim": [64, "64"],
+    "hidden_size": -1, "intermediate_size": {}, "vocab_size": "many", "sliding_window": "128", "layer_types": "full",
+    "max_position_embeddings": "2048", "num_experts_per_tok": True, "kv_lora_rank": "512", "text_config": "qwen",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_config_with_something_else_for_a_size(name: str) -> None:
+    checkpoint = Checkpoint(MODEL)
+    value = STRANGE[name] or {"a": 1}
+    with pytest.raises(ValueError, match=rf"config\.json: {name} is {re.escape(repr(value))}; expected"):
+        fit.need_of(checkpoint, {**checkpoint.config, name: value})
+
+
+def test_a_size_for_each_layer() -> None:
+    checkpoint = Checkpoint(MODEL)
+    want = fit.need_of(checkpoint, {**checkpoint.config, "intermediate_size": 900})
+    assert fit.need_of(checkpoint, {**checkpoint.config, "intermediate_size": [100, 900, 300]}) == want
+
+
+def test_the_longest_context_that_fits() -> None:
+    """One more does not fit; none longer than the model is made for is proposed."""
+    config = Checkpoint(MODEL).config
+    asked, room = need(context=10**9), need(context=1234).total() + 5
+    found = fit.longest_context(config, asked, room, torch.bfloat16)
+    assert need(context=found).total() <= room < need(context=found + 1).total()
+    assert fit.longest_context(config, asked, 10**15, torch.bfloat16) == 2048
+    assert fit.longest_context(config, asked, 10**6, torch.bfloat16) == 0
+
+
+@pytest.mark.parametrize(("room", "least"), [(196_610, 196_608), (999_999, 196_608), (52_123_456_789, 10**7), (1, 1)])
+def test_gigabytes_can_be_given_back(room: int, least: int) -> None:
+    assert least <= round(float(fit.gigabytes(room, least)) * 1e9) <= room
 
 
 # ---------------------------------------------------------------- free memory
@@ -211,6 +249,7 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert "it does not fit\n  - " in capsys.readouterr().out
     for arguments, message in (
         (["--context", "0"], "--context is 0; expected at least 1"),
+        (["--context", "9" * 400], f"context is {'9' * 400}; expected at least 1, and at most"),
         (["--device", "mps"], "--device is mps, which is off"),
     ):
         if sys.platform == "darwin" and "mps" in arguments:
@@ -218,6 +257,17 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
         assert main(["fit", str(MODEL), *arguments]) == 2
         assert message in capsys.readouterr().err
     assert main(["fit", str(tmp_path / "nowhere")]) == 2
+    capsys.readouterr()
+    monkeypatch.setattr(fit, "free_memory", lambda: Free(120_000_000, 10**9, "a test"))
+    assert main(["fit", str(MODEL), "--context", "10000"]) == 1
+    out = capsys.readouterr().out
+    assert "10000 tokens; the model is made for 2048" in out
+    assert "a shorter context: --context 2048" in out
+    shutil.copy(MODEL / "model.safetensors", tmp_path / "model.safetensors")
+    assert main(["fit", str(tmp_path)]) == 2
+    assert f"{tmp_path} has no config.json" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text((MODEL / "config.json").read_text().replace('"bfloat16"', '["bfloat16"]'))
+    assert main(["fit", str(tmp_path)]) in (0, 1)
 
 
 def test_no_weights_are_read_and_no_transformers(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,40 @@ def test_a_file_that_changes(
     monkeypatch.setattr(cli_repack, "_copy", cut_short)
     assert main(["repack", str(folder), str(tmp_path / "new")]) == 2
     assert "ends too early" in capsys.readouterr().err
-    assert list((tmp_path / "new").iterdir()) == []
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("size", [10**5, 8_500_000])
+def test_a_file_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int) -> None:
+    """As on a full disk: the error names the file, whether weights or tokenizer, and nothing of ours is left."""
+    folder, new = Path(shutil.copytree(MODEL, tmp_path / "model")), tmp_path / "a" / "new"
+    (folder / "tokenizer.json").write_bytes(b" " * 9_000_000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        assert main(["repack", str(folder), str(new)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert "File too large" in error
+    assert str(new / ("model.safetensors" if size == 10**5 else "tokenizer.json")) in error
+    assert not (tmp_path / "a").exists()
+    new.mkdir(parents=True)
+    assert main(["repack", str(folder), str(new)]) == 0
+
+
+def test_no_permission(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What somebody else puts there meanwhile stays."""
+    (tmp_path / "new").mkdir()
+
+    def refused(self: Path, target: Path) -> None:
+        (target.parent / "others").write_text("kept")
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "replace", refused)
+    assert main(["repack", str(MODEL), str(tmp_path / "new")]) == 2
+    assert "new/model.safetensors could not be written: Permission denied" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["others"]
 
 
 def test_no_room(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,9 @@ def compare(m: ref.Experts, alone: TrellisExperts, every: list[dict[str, Any]], 
 MISTAKES = {
     "timeout": ("timeout is 0;", "positive"),
     "start_timeout": ("start_timeout is nan", "positive"),
+    "text": ("timeout is '60'; expected a number of seconds",),
+    "a backend": ("group is 'gloo'; expected a torch.distributed process group, or None",),
+    "not a group": ("group is None; expected an ExpertGroup",),
     "tokens": ("rank 1 .* tokens 5, rank 0 .* tokens 4", "same tokens"),
     "top-k": ("rank 1 .* top_k 2, rank 0 .* top_k 3",),
     "ids": ("top_k_index holds 5", "0 to 4, or -1"),
@@ -294,3 +297,11 @@ def test_expert_range() -> None:
         expert_range(4, 5, 0)
     with pytest.raises(ValueError, match="rank is 2; expected 0 to 1"):
         expert_range(4, 2, 2)
+    with pytest.raises(TypeError, match="size is '2'; expected a whole number"):
+        expert_range(4, "2", 0)  # type: ignore[arg-type]
+
+
+def test_shard_experts_wants_an_expert_group() -> None:
+    hf_sharding = pytest.importorskip("metal_marlin.hf_sharding")
+    with pytest.raises(TypeError, match="group is None; expected an ExpertGroup"), hf_sharding.shard_experts(None):
+        pytest.fail("it went on")

@@ -38,12 +38,12 @@ struct item {
 
 struct mm_cache {
     pthread_mutex_t lock;
-    pthread_cond_t work, done; /* for readers; for everybody else */
+    pthread_cond_t work, paced, done; /* for readers without work; for the simulated disk; for everybody else */
     struct mm_file *files;
     struct mm_piece *pieces;
     struct item *items;
     struct slot *slots;
-    int file_count, readers, running;
+    int file_count, running, seeking; /* readers; acquires that wait for slots to come free */
     int64_t item_count, slot_count, slot_bytes, tick, order, calls;
     char *base;
     size_t bytes;
@@ -55,10 +55,37 @@ struct mm_cache {
     struct mm_memory_problem failure; /* of the last read that failed */
 };
 
+/* ---- time: a clock that nobody sets ---- */
+
 static int64_t now_ns(void) {
     struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now); /* the clock of pthread_cond_timedwait, which macOS can't change */
+    clock_gettime(CLOCK_MONOTONIC, &now);
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+static void init_condition(pthread_cond_t *condition) {
+#ifdef __APPLE__
+    pthread_cond_init(condition, NULL);
+#else
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_cond_init(condition, &attributes);
+    pthread_condattr_destroy(&attributes);
+#endif
+}
+
+/* Until it is signalled or the time has come; may also return for no reason. */
+static void wait_until(pthread_cond_t *condition, pthread_mutex_t *lock, int64_t ns) {
+#ifdef __APPLE__ /* whose conditions have one clock only, and so a call that takes a duration */
+    int64_t left = ns - now_ns();
+    if (left <= 0) return;
+    struct timespec time = {(time_t)(left / 1000000000), (long)(left % 1000000000)};
+    pthread_cond_timedwait_relative_np(condition, lock, &time);
+#else
+    struct timespec time = {(time_t)(ns / 1000000000), (long)(ns % 1000000000)};
+    pthread_cond_timedwait(condition, lock, &time);
+#endif
 }
 
 /* ---- reading, without the lock ---- */
@@ -142,22 +169,28 @@ static int64_t next_read(const struct mm_cache *cache) {
     return best;
 }
 
-static void until(int64_t ns, struct timespec *out) {
-    out->tv_sec = (time_t)(ns / 1000000000);
-    out->tv_nsec = (long)(ns % 1000000000);
+/* As many readers as there is work for: each that is awake looks for more by itself. */
+static void wake_readers(struct mm_cache *cache, int64_t asked) {
+    if (asked >= cache->running) pthread_cond_broadcast(&cache->work);
+    for (int64_t i = 0; i < asked && asked < cache->running; i++) pthread_cond_signal(&cache->work);
 }
 
-static void destroy(struct mm_cache *cache) {
+static void free_all(struct mm_cache *cache) {
     for (int i = 0; i < cache->file_count; i++) mm_file_close(&cache->files[i]);
     if (cache->base) munmap(cache->base, cache->bytes);
     free(cache->files);
     free(cache->pieces);
     free(cache->items);
     free(cache->slots);
+    free(cache);
+}
+
+static void destroy(struct mm_cache *cache) {
     pthread_cond_destroy(&cache->work);
+    pthread_cond_destroy(&cache->paced);
     pthread_cond_destroy(&cache->done);
     pthread_mutex_destroy(&cache->lock);
-    free(cache);
+    free_all(cache);
 }
 
 /* The simulated disk does one read after the other: sleeps until this one would be done. */
@@ -165,10 +198,8 @@ static void simulate_disk(struct mm_cache *cache, int64_t started, int64_t bytes
     if (cache->bytes_per_second <= 0) return;
     if (cache->disk_free < started) cache->disk_free = started;
     cache->disk_free += (int64_t)((double)bytes / cache->bytes_per_second * 1e9);
-    struct timespec end;
     int64_t ready = cache->disk_free;
-    until(ready, &end);
-    while (!cache->stop && now_ns() < ready) pthread_cond_timedwait(&cache->work, &cache->lock, &end);
+    while (!cache->stop && now_ns() < ready) wait_until(&cache->paced, &cache->lock, ready);
 }
 
 static void *read_items(void *context) {
@@ -197,9 +228,9 @@ static void *read_items(void *context) {
             cache->statistics.failures++;
             cache->failure = problem;
             slot->state = FAILED;
-            if (!slot->pins) vacate(cache, s);
         }
-        pthread_cond_broadcast(&cache->done);
+        if (slot->pins || cache->seeking) pthread_cond_broadcast(&cache->done);
+        if (!good && !slot->pins) vacate(cache, s);
     }
     cache->running--;
     bool last = cache->closed && !cache->running;
@@ -270,8 +301,9 @@ struct mm_cache *mm_cache_open(const struct mm_cache_options *options, struct mm
     struct mm_cache *cache = calloc(1, sizeof *cache);
     if (!cache) return mm_memory_fail(problem, "out of memory"), NULL;
     pthread_mutex_init(&cache->lock, NULL);
-    pthread_cond_init(&cache->work, NULL);
-    pthread_cond_init(&cache->done, NULL);
+    init_condition(&cache->work);
+    init_condition(&cache->paced);
+    init_condition(&cache->done);
     cache->item_count = options->items;
     cache->slot_count = options->slots;
     cache->slot_bytes = options->slot_bytes;
@@ -284,14 +316,16 @@ struct mm_cache *mm_cache_open(const struct mm_cache_options *options, struct mm
 }
 
 void mm_cache_close(struct mm_cache *cache) {
-    if (getpid() != cache->process) return; /* a fork's copy: its lock may be held by a thread that is not here */
+    if (getpid() != cache->process) { /* a fork's copy: its lock may be held by a thread that is not here, and nobody reads */
+        free_all(cache);
+        return;
+    }
     pthread_mutex_lock(&cache->lock);
     cache->stop = true;
     pthread_cond_broadcast(&cache->work);
-    struct timespec end;
-    until(now_ns() + 1000000000, &end);
-    while (cache->running && !pthread_cond_timedwait(&cache->done, &cache->lock, &end)) {
-    }
+    pthread_cond_broadcast(&cache->paced);
+    int64_t end = now_ns() + 1000000000;
+    while (cache->running && now_ns() < end) wait_until(&cache->done, &cache->lock, end);
     bool last = !cache->running;
     cache->closed = true; /* from here on the last reader frees it */
     pthread_mutex_unlock(&cache->lock);
@@ -304,7 +338,7 @@ void *mm_cache_base(const struct mm_cache *cache) { return cache->base; }
 
 /* A fork has the memory but not the readers, and perhaps a lock that nobody will open. */
 static bool enter(struct mm_cache *cache, struct mm_memory_problem *problem) {
-    problem->timeout = false;
+    problem->timeout = problem->interrupted = false;
     if (getpid() != cache->process)
         return mm_memory_fail(problem, "the cache of experts was made in process %ld, and its readers don't exist in a fork of it; "
                                        "load the model after forking", (long)cache->process);
@@ -318,7 +352,7 @@ static bool there(const struct mm_cache *cache, int64_t item) {
 }
 
 /* Pins what is here or on the way and asks for the rest, all or nothing. False: too little can be given away just now. */
-static bool reserve(struct mm_cache *cache, const int64_t *items, int64_t count) {
+static bool reserve(struct mm_cache *cache, const int64_t *items, int64_t count, int64_t *asked) {
     int64_t free_slots = 0, missing = 0;
     for (int64_t i = 0; i < count; i++) {
         int64_t s = cache->items[items[i]].slot;
@@ -331,6 +365,7 @@ static bool reserve(struct mm_cache *cache, const int64_t *items, int64_t count)
             if (cache->items[items[i]].slot >= 0) cache->slots[cache->items[items[i]].slot].pins--;
         return false;
     }
+    *asked = missing;
     for (int64_t i = 0; i < count; i++) {
         struct item *item = &cache->items[items[i]];
         cache->tick++;
@@ -361,10 +396,63 @@ static void unpin(struct mm_cache *cache, const int64_t *items, int64_t count) {
         if (s < 0 || !cache->slots[s].pins) continue;
         if (!--cache->slots[s].pins && cache->slots[s].state == FAILED) vacate(cache, s);
     }
-    pthread_cond_broadcast(&cache->done);
+    if (cache->seeking) pthread_cond_broadcast(&cache->done);
 }
 
-bool mm_cache_acquire(struct mm_cache *cache, const int64_t *items, int64_t count, int64_t *found, double seconds,
+#define SLICE 50000000 /* ns between two looks at whether the caller still wants to wait */
+
+struct wait_state {
+    const struct mm_patience *patience;
+    int64_t deadline, look;
+    bool waited;
+};
+
+/* Until something has happened. False: the caller wants no more. */
+static bool wait_a_while(struct mm_cache *cache, struct wait_state *wait, struct mm_memory_problem *problem) {
+    wait->waited = true;
+    wait_until(&cache->done, &cache->lock, wait->look < wait->deadline ? wait->look : wait->deadline);
+    if (now_ns() < wait->look) return true;
+    wait->look = now_ns() + SLICE;
+    if (!wait->patience->interrupted) return true;
+    pthread_mutex_unlock(&cache->lock); /* it may take Python's lock, which somebody may hold who waits for ours */
+    problem->interrupted = wait->patience->interrupted(wait->patience->context);
+    pthread_mutex_lock(&cache->lock);
+    return !problem->interrupted || mm_memory_fail(problem, "interrupted");
+}
+
+/* Until `reserve` has worked. */
+static bool wait_for_room(struct mm_cache *cache, const int64_t *items, int64_t count, struct wait_state *wait, int64_t *asked,
+                          struct mm_memory_problem *problem) {
+    while (!reserve(cache, items, count, asked)) {
+        if (now_ns() >= wait->deadline) {
+            problem->timeout = true;
+            return mm_memory_fail(problem, "no room for %lld experts came free in %g s: other threads hold all %lld slots, or a read does not end",
+                                  (long long)count, wait->patience->seconds, (long long)cache->slot_count);
+        }
+        cache->seeking++;
+        bool on = wait_a_while(cache, wait, problem);
+        cache->seeking--;
+        if (!on) return false;
+    }
+    return true;
+}
+
+/* Until a pinned item has been read. */
+static bool wait_for_item(struct mm_cache *cache, int64_t item, struct wait_state *wait, struct mm_memory_problem *problem) {
+    while (!there(cache, item)) {
+        if (cache->slots[cache->items[item].slot].state == FAILED) return *problem = cache->failure, false;
+        if (now_ns() >= wait->deadline) {
+            const struct mm_piece *piece = &cache->pieces[cache->items[item].first];
+            problem->timeout = true;
+            return mm_memory_fail(problem, "%s: %lld bytes at %lld were not read in %g s: the disk or the network behind it stalls",
+                                  cache->files[piece->file].path, (long long)piece->bytes, (long long)piece->begin, wait->patience->seconds);
+        }
+        if (!wait_a_while(cache, wait, problem)) return false;
+    }
+    return true;
+}
+
+bool mm_cache_acquire(struct mm_cache *cache, const int64_t *items, int64_t count, int64_t *found, const struct mm_patience *patience,
                       struct mm_memory_problem *problem) {
     for (int64_t i = 0; i < count; i++)
         if (items[i] < 0 || items[i] >= cache->item_count)
@@ -372,41 +460,20 @@ bool mm_cache_acquire(struct mm_cache *cache, const int64_t *items, int64_t coun
     if (count > cache->slot_count)
         return mm_memory_fail(problem, "%lld experts are needed at once; the cache holds %lld", (long long)count, (long long)cache->slot_count);
     if (!enter(cache, problem)) return false;
-    int64_t started = now_ns(), deadline = started + (int64_t)(seconds * 1e9);
-    struct timespec end;
-    until(deadline, &end);
-    bool waited = false, in_time = true;
+    int64_t started = now_ns(), asked = 0;
+    struct wait_state wait = {.patience = patience, .deadline = started + (int64_t)(patience->seconds * 1e9), .look = started + SLICE};
     cache->calls++;
-    while (!reserve(cache, items, count) && in_time) {
-        waited = true;
-        in_time = !pthread_cond_timedwait(&cache->done, &cache->lock, &end) || now_ns() < deadline;
-    }
-    if (!in_time) {
+    if (!wait_for_room(cache, items, count, &wait, &asked, problem)) {
         pthread_mutex_unlock(&cache->lock);
-        problem->timeout = true;
-        return mm_memory_fail(problem, "no room for %lld experts came free in %g s: other threads hold all %lld slots, or a read does not end",
-                              (long long)count, seconds, (long long)cache->slot_count);
+        return false;
     }
-    pthread_cond_broadcast(&cache->work);
+    wake_readers(cache, asked);
     bool good = true;
-    for (int64_t i = 0; i < count && good;) {
-        if (there(cache, items[i])) {
-            found[i] = cache->items[items[i]].slot;
-            i++;
-        } else if (cache->slots[cache->items[items[i]].slot].state == FAILED) {
-            *problem = cache->failure;
-            good = false;
-        } else {
-            waited = true;
-            if (pthread_cond_timedwait(&cache->done, &cache->lock, &end) && now_ns() >= deadline && !there(cache, items[i])) {
-                const struct mm_piece *piece = &cache->pieces[cache->items[items[i]].first];
-                problem->timeout = true;
-                good = mm_memory_fail(problem, "%s: %lld bytes at %lld were not read in %g s: the disk or the network behind it stalls",
-                                      cache->files[piece->file].path, (long long)piece->bytes, (long long)piece->begin, seconds);
-            }
-        }
+    for (int64_t i = 0; i < count && good; i++) {
+        good = wait_for_item(cache, items[i], &wait, problem);
+        found[i] = cache->items[items[i]].slot;
     }
-    if (waited) {
+    if (wait.waited) {
         cache->statistics.stalls++;
         cache->statistics.stall_ns += now_ns() - started;
     }
@@ -415,11 +482,17 @@ bool mm_cache_acquire(struct mm_cache *cache, const int64_t *items, int64_t coun
     return good;
 }
 
-void mm_cache_release(struct mm_cache *cache, const int64_t *items, int64_t count) {
-    struct mm_memory_problem ignored;
-    if (!enter(cache, &ignored)) return;
-    unpin(cache, items, count);
+bool mm_cache_release(struct mm_cache *cache, const int64_t *items, int64_t count, struct mm_memory_problem *problem) {
+    if (getpid() != cache->process) return true; /* a fork has nothing pinned that anybody waits for */
+    if (!enter(cache, problem)) return false;
+    bool good = true;
+    for (int64_t i = 0; i < count && good; i++) {
+        int64_t s = items[i] < 0 || items[i] >= cache->item_count ? -1 : cache->items[items[i]].slot;
+        good = (s >= 0 && cache->slots[s].pins) || mm_memory_fail(problem, "item %lld is not in use", (long long)items[i]);
+    }
+    if (good) unpin(cache, items, count);
     pthread_mutex_unlock(&cache->lock);
+    return good;
 }
 
 int64_t mm_cache_prefetch(struct mm_cache *cache, const int64_t *items, int64_t count) {
@@ -434,7 +507,7 @@ int64_t mm_cache_prefetch(struct mm_cache *cache, const int64_t *items, int64_t 
         taken++;
     }
     cache->statistics.prefetched += taken;
-    if (taken) pthread_cond_broadcast(&cache->work);
+    wake_readers(cache, taken);
     pthread_mutex_unlock(&cache->lock);
     return taken;
 }

@@ -10,7 +10,7 @@
 
 struct mm_memory_problem {
     char text[512];
-    bool timeout; /* of mm_cache_acquire: time ran out, rather than that something failed */
+    bool timeout, interrupted; /* of mm_cache_acquire: time ran out, or the caller's patience, rather than that something failed */
 };
 bool mm_memory_fail(struct mm_memory_problem *problem, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
@@ -35,8 +35,17 @@ struct mm_map *mm_map_open(const char *const *paths, int count, size_t *begins, 
 void mm_map_close(struct mm_map *map);
 void *mm_map_base(const struct mm_map *map);
 size_t mm_map_bytes(const struct mm_map *map);
-/* Whether all files are as they were; a truncated one would end the process (SIGBUS) at the next access. */
+/* Whether all files are as they were. A file that is cut short while somebody reads it does not end the process (SIGBUS): what is missing
+ * reads as zeros, and from then on this says so, even if the file is whole again (guard.c). To be asked before and after a use. */
 bool mm_map_same(const struct mm_map *map, struct mm_memory_problem *problem);
+/* The same for whoever has addresses rather than mappings. mm_maps_watch before the memory is read; mm_maps_same afterwards, which looks
+ * at the files that the spans lie in, and does nothing for those that lie in no mapping. Neither costs anything while nothing is mapped. */
+struct mm_span {
+    const void *begin;
+    size_t bytes;
+};
+void mm_maps_watch(void);
+bool mm_maps_same(const struct mm_span *spans, int count, struct mm_memory_problem *problem);
 /* Reads a range into memory in large pieces, so that its first use is no page fault each. */
 bool mm_map_populate(const struct mm_map *map, size_t begin, size_t bytes, struct mm_memory_problem *problem);
 
@@ -62,14 +71,22 @@ struct mm_cache_statistics {
 };
 struct mm_cache;
 struct mm_cache *mm_cache_open(const struct mm_cache_options *options, struct mm_memory_problem *problem);
-/* The last reference: ends the readers, waiting a second for one that a read holds up (then it frees what is left). */
+/* The last reference: ends the readers, waiting a second for one that a read holds up (then it frees what is left). In a process that was
+ * forked since mm_cache_open there are no readers: this frees its memory, mm_cache_acquire fails, and the others do nothing. */
 void mm_cache_close(struct mm_cache *cache);
 void *mm_cache_base(const struct mm_cache *cache);
+/* How long mm_cache_acquire may wait. interrupted (may be NULL) is asked every 50 ms, without locks: true ends the wait. */
+struct mm_patience {
+    double seconds;
+    bool (*interrupted)(void *context);
+    void *context;
+};
 /* Pins distinct items and waits until all are in memory; found [count] receives their slots. Never waits while it holds pins that
  * another thread's acquire could need to get on. False: nothing is pinned. count must not exceed the slots. */
-bool mm_cache_acquire(struct mm_cache *cache, const int64_t *items, int64_t count, int64_t *found, double seconds,
+bool mm_cache_acquire(struct mm_cache *cache, const int64_t *items, int64_t count, int64_t *found, const struct mm_patience *patience,
                       struct mm_memory_problem *problem);
-void mm_cache_release(struct mm_cache *cache, const int64_t *items, int64_t count);
+/* Unpins distinct items. False: one of them isn't pinned; then none is unpinned. */
+bool mm_cache_release(struct mm_cache *cache, const int64_t *items, int64_t count, struct mm_memory_problem *problem);
 /* Asks for items ahead of their use: those that are neither there nor asked for, the first ones first. Returns how many were taken. */
 int64_t mm_cache_prefetch(struct mm_cache *cache, const int64_t *items, int64_t count);
 struct mm_cache_statistics mm_cache_statistics(struct mm_cache *cache, bool reset);

@@ -77,12 +77,19 @@ static PyObject *map_open(PyObject *self, PyObject *paths) {
     return result;
 }
 
-static PyObject *map_check(PyObject *self, PyObject *capsule) {
+static PyObject *map_check(PyObject *self, PyObject *arguments) {
     (void)self;
+    PyObject *capsule;
+    Py_ssize_t begin = 0, bytes = -1;
+    if (!PyArg_ParseTuple(arguments, "O|nn:map_check", &capsule, &begin, &bytes)) return NULL;
     const struct mm_map *map = PyCapsule_GetPointer(capsule, MAP_NAME);
     struct mm_memory_problem problem = {.timeout = false};
     if (!map) return NULL;
-    return mm_map_same(map, &problem) ? none() : raise_problem(&problem);
+    if (bytes < 0) return mm_map_same(map, &problem) ? none() : raise_problem(&problem);
+    if (begin < 0 || (size_t)begin > mm_map_bytes(map) || (size_t)bytes > mm_map_bytes(map) - (size_t)begin)
+        return PyErr_Format(PyExc_ValueError, "%zd bytes at %zd of a mapping of %zu", bytes, begin, mm_map_bytes(map));
+    struct mm_span span = {(const char *)mm_map_base(map) + begin, (size_t)bytes};
+    return mm_maps_same(&span, 1, &problem) ? none() : raise_problem(&problem);
 }
 
 static PyObject *map_populate(PyObject *self, PyObject *arguments) {
@@ -159,22 +166,32 @@ static PyObject *cache_open(PyObject *self, PyObject *arguments) {
     return result;
 }
 
+/* Whether a signal's handler has raised something, such as Ctrl-C. context: where the thread's state is while it is without the GIL. */
+static bool signalled(void *context) {
+    PyThreadState **released = context;
+    PyEval_RestoreThread(*released);
+    bool raised = PyErr_CheckSignals() != 0;
+    *released = PyEval_SaveThread();
+    return raised;
+}
+
 static PyObject *cache_acquire(PyObject *self, PyObject *arguments) {
     (void)self;
     PyObject *capsule, *values;
-    double seconds;
+    PyThreadState *released;
+    struct mm_patience patience = {.interrupted = signalled, .context = &released};
     int64_t items[MOST_ITEMS], found[MOST_ITEMS];
     Py_ssize_t count = 0;
-    if (!PyArg_ParseTuple(arguments, "OOd:cache_acquire", &capsule, &values, &seconds)) return NULL;
+    if (!PyArg_ParseTuple(arguments, "OOd:cache_acquire", &capsule, &values, &patience.seconds)) return NULL;
     struct mm_cache *cache = PyCapsule_GetPointer(capsule, CACHE_NAME);
     if (!cache || !integers_of(values, items, MOST_ITEMS, &count)) return NULL;
     struct mm_memory_problem problem = {.timeout = false};
-    PyThreadState *released = PyEval_SaveThread();
-    bool good = mm_cache_acquire(cache, items, count, found, seconds, &problem);
+    released = PyEval_SaveThread();
+    bool good = mm_cache_acquire(cache, items, count, found, &patience, &problem);
     PyEval_RestoreThread(released);
-    if (!good) return raise_problem(&problem);
+    if (!good) return problem.interrupted ? NULL : raise_problem(&problem);
     if (PyErr_CheckSignals()) { /* a Ctrl-C of meanwhile: raised behind our back it would leave the pins to nobody */
-        mm_cache_release(cache, items, count);
+        mm_cache_release(cache, items, count, &problem);
         return NULL;
     }
     PyObject *list = PyList_New(count);
@@ -182,7 +199,7 @@ static PyObject *cache_acquire(PyObject *self, PyObject *arguments) {
         PyObject *slot = PyLong_FromLongLong(found[i]);
         if (!slot || PyList_SetItem(list, i, slot)) Py_CLEAR(list);
     }
-    if (!list) mm_cache_release(cache, items, count);
+    if (!list) mm_cache_release(cache, items, count, &problem);
     return list;
 }
 
@@ -194,8 +211,10 @@ static PyObject *cache_release(PyObject *self, PyObject *arguments) {
     if (!PyArg_ParseTuple(arguments, "OO:cache_release", &capsule, &values)) return NULL;
     struct mm_cache *cache = PyCapsule_GetPointer(capsule, CACHE_NAME);
     if (!cache || !integers_of(values, items, MOST_ITEMS, &count)) return NULL;
-    mm_cache_release(cache, items, count);
-    return none();
+    struct mm_memory_problem problem;
+    if (mm_cache_release(cache, items, count, &problem)) return none();
+    PyErr_SetString(PyExc_ValueError, problem.text);
+    return NULL;
 }
 
 static PyObject *cache_prefetch(PyObject *self, PyObject *arguments) {
@@ -230,14 +249,17 @@ static PyObject *cache_statistics(PyObject *self, PyObject *arguments) {
 PyMethodDef mm_memory_methods[] = {
     {"map_open", map_open, METH_O,
      "map_open(paths) -> (map, address, bytes, begins): maps files one behind the other, privately; begins are where each lies. OSError."},
-    {"map_check", map_check, METH_O, "map_check(map): OSError if a file has changed since map_open."},
+    {"map_check", map_check, METH_VARARGS,
+     "map_check(map, begin=0, bytes=-1): OSError if a file, of those in a range of bytes if one is given, has changed since map_open, or "
+     "if something that it lacks was read."},
     {"map_populate", map_populate, METH_VARARGS, "map_populate(map, begin, bytes): reads a range into memory. OSError."},
     {"cache_open", cache_open, METH_VARARGS,
      "cache_open(paths, pieces, items, slots, slot_bytes, readers, half_life, bytes_per_second) -> (cache, address): pieces is int64 "
      "[pieces, 5], native: item, file, begin, bytes, place in the slot; sorted by item. bytes_per_second 0: no simulated disk. OSError."},
     {"cache_acquire", cache_acquire, METH_VARARGS,
-     "cache_acquire(cache, items, seconds) -> list of slots: pins distinct items and waits for them. OSError; TimeoutError."},
-    {"cache_release", cache_release, METH_VARARGS, "cache_release(cache, items): unpins."},
+     "cache_acquire(cache, items, seconds) -> list of slots: pins distinct items and waits for them. OSError; TimeoutError; what a "
+     "signal's handler raises meanwhile, such as KeyboardInterrupt. Then none is pinned."},
+    {"cache_release", cache_release, METH_VARARGS, "cache_release(cache, items): unpins. ValueError: one isn't pinned."},
     {"cache_prefetch", cache_prefetch, METH_VARARGS, "cache_prefetch(cache, items) -> int: how many were taken to be read ahead."},
     {"cache_statistics", cache_statistics, METH_VARARGS, "cache_statistics(cache, reset) -> dict of counts."},
     {NULL, NULL, 0, NULL},
