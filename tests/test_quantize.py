@@ -180,6 +180,33 @@ def test_scales_of_any_size_fit_float16(rng, size):
     assert bool(torch.isfinite(coded[0].suh).all() and torch.isfinite(coded[0].svh).all())
 
 
+@pytest.mark.parametrize("size", [1e-8, 1e-12, 1e-15, 1e-20, 1e-38])
+def test_one_tiny_channel_spoils_nothing(rng, size):
+    """An input or output whose weights have decayed to almost nothing, as in trained models; a scale each must fit."""
+    whole = torch.from_numpy(rng.normal(size=(1, 128, 128))).float()
+    x = correlated(rng, 500, 128)
+    for place in ((0, 5), (0, slice(None), 5)):
+        w = whole.clone()
+        w[place] *= size
+        coded, dense = matrix.quantize_matrices(w, (x.T @ x)[None] / 500, 6, "mul1", [1], search=greedy)
+        assert coded[0].proxy < 0.3
+        assert bool(torch.isfinite(coded[0].suh).all() and torch.isfinite(coded[0].svh).all())
+
+
+@pytest.mark.parametrize("size", [0, 1e-30, 1e-18, 1e-13, 1e-10, 1e6, 1e8])
+def test_a_matrix_of_any_size_codes(rng, size):
+    """With second moments too: a matrix of zeros (a layer that is switched off) and one beyond float16."""
+    x = correlated(rng, 500, 128)
+    w = torch.from_numpy(rng.normal(size=(1, 128, 128))).float() * size
+    coded, dense = matrix.quantize_matrices(w, (x.T @ x)[None] / 500, 6, "mul1", [1], search=greedy)
+    assert bool(torch.isfinite(coded[0].suh).all() and torch.isfinite(coded[0].svh).all())
+    assert coded[0].suh.all()
+    if size < 1e-12:  # no two float16 scales reach there
+        assert not dense.any()
+    else:
+        assert coded[0].proxy < 0.3
+
+
 @pytest.mark.parametrize("m", [torch.zeros(1, 128, 128), torch.ones(1, 128, 128), torch.full((1, 128, 128), math.nan)])
 def test_useless_second_moments(rng, m):
     """Nothing seen, one direction only, or not finite: still codes."""
