@@ -433,6 +433,21 @@ def test_a_killed_process_leaves_nothing_whole(small, tmp_path):
     Checkpoint(tmp_path / "out")
 
 
+def test_interrupted_before_the_first_manifest(small, tmp_path, monkeypatch):
+    """Killed, or out of disk, while the first manifest was being written: nothing is lost, so the next run goes on."""
+
+    def full(file: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "_sync", full)
+        with pytest.raises(OSError, match="No space left"):
+            convert(small, tmp_path / "out", text=None)
+    assert list((tmp_path / "out.quantizing").iterdir())
+    convert(small, tmp_path / "out", text=None)
+    Checkpoint(tmp_path / "out")
+
+
 def test_two_processes_cannot_share_a_folder(small, tmp_path):
     with (
         work.Work(tmp_path / "out", {"a": 1}, 4),

@@ -62,7 +62,7 @@ class Work:
                     " delete the folder"
                 )
             self.manifest = found
-        elif existed and any(path.name != LOCK for path in self.folder.iterdir()):
+        elif existed and any(path.name not in (LOCK, f"{MANIFEST}.tmp") for path in self.folder.iterdir()):
             self.close()
             raise ValueError(f"{self.folder} exists and has no {MANIFEST}; expected an interrupted run, or nothing")
         for leftover in self.folder.glob("*.tmp"):
