@@ -448,6 +448,19 @@ def test_interrupted_before_the_first_manifest(small, tmp_path, monkeypatch):
     Checkpoint(tmp_path / "out")
 
 
+def test_killed_after_the_folder_got_its_name(small, tmp_path, monkeypatch):
+    convert(small, tmp_path / "whole", text=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *a, **k: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            convert(small, tmp_path / "out", text=None)
+    assert (tmp_path / "out" / work.MANIFEST).exists()
+    with pytest.raises(ValueError, match="out is whole"):
+        convert(small, tmp_path / "out", text=None)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert not (tmp_path / "out" / work.LOCK).exists()
+
+
 def test_two_processes_cannot_share_a_folder(small, tmp_path):
     with (
         work.Work(tmp_path / "out", {"a": 1}, 4),
@@ -621,6 +634,24 @@ def test_output_in_the_way(small, tmp_path):
     with pytest.raises(ValueError, match=r"has no manifest\.json"):
         convert(small, tmp_path / "free")
     assert (tmp_path / "free.quantizing" / "file").read_text() == "mine"
+
+
+def test_output_through_links(small, tmp_path, monkeypatch):
+    """A link to an empty folder, and paths that end in dots: found out before the work, not after it."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    convert(small, tmp_path / "link", text=None)
+    Checkpoint(tmp_path / "real")
+    calls: list[int] = []
+    monkeypatch.chdir(tmp_path / "real")
+    for out in (Path("."), tmp_path / "real" / "..", tmp_path / "link"):
+        with pytest.raises(ValueError, match="isn't an empty folder"):
+            convert(small, out, text=None, search=lambda *a: calls.append(1))
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    with pytest.raises(ValueError, match="disk is a mount point"):
+        convert(small, tmp_path / "disk", text=None, search=lambda *a: calls.append(1))
+    assert not calls
 
 
 def test_too_little_disk_or_memory(small, tmp_path, monkeypatch):

@@ -90,7 +90,8 @@ def quantize(
     An interrupted run is taken up by the same call. ValueError: input, options or folders that don't fit. OSError: the
     disk; nothing that was finished is lost.
     """
-    return _Run(Path(directory), Path(out), options.check(), text, recipe, search, say).run()
+    out = Path(out).resolve()  # the folder that a link leads to: what gets its name must lie beside it
+    return _Run(Path(directory), out, options.check(), text, recipe, search, say).run()
 
 
 class _Run:

@@ -159,10 +159,14 @@ class Work:
 
 
 def check_free(out: Path) -> None:
-    """ValueError unless `out` is absent, or an empty folder."""
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists() or out.is_symlink():
+    """ValueError unless `out`, a resolved path, is absent or an empty folder that another can take the place of."""
+    if (out / LOCK).is_file() and (out / REPORT_FILE).is_file():  # killed between finish()'s last steps
+        for name in (MANIFEST, LOCK):
+            (out / name).unlink(missing_ok=True)
+        raise ValueError(f"{out} is whole: the run that made it was ended after its last layer; nothing is left to do")
+    if out.is_mount():
+        raise ValueError(f"{out} is a mount point, which no folder can take the place of; expected a name inside it")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and isn't an empty folder; expected a name that is free")
 
 
