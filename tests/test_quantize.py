@@ -579,6 +579,7 @@ def spoil(source: Path, target: Path, change: Any) -> Path:
 
 
 UP = "model.layers.1.mlp.experts.1.up_proj.weight"
+BIAS = "model.layers.0.self_attn.q_proj.bias"
 
 
 @pytest.mark.parametrize(
@@ -599,6 +600,38 @@ def test_bad_models(small, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         convert(spoil(small, tmp_path / "in", change), tmp_path / "out", text=None)
     assert not (tmp_path / "out").exists()
+
+
+def test_biases_must_be_there(tmp_path):
+    """As everything else: without them the result could not be loaded."""
+    make_model(tmp_path / "oss", "gpt_oss", num_hidden_layers=1, num_local_experts=2)
+    make_model(tmp_path / "qwen", "qwen3_moe", **SMALL, attention_bias=True)
+    fused = "model.layers.0.mlp.experts.down_proj_bias"
+    for name, bias in (("oss", fused), ("oss", fused.replace("down", "gate_up")), ("qwen", BIAS), ("oss", BIAS)):
+        bad = spoil(tmp_path / name, tmp_path / f"{name}-{bias}", lambda t, c, bias=bias: t.pop(bias))
+        with pytest.raises(ValueError, match=f"{bias}: is missing"):
+            Source(bad)
+    extra = UP.replace("weight", "bias")
+    bad = spoil(tmp_path / "qwen", tmp_path / "extra", lambda t, c: t.update({extra: torch.zeros(128)}))
+    with pytest.raises(ValueError, match=f"{extra}: is extra"):
+        Source(bad)
+
+
+def test_fused_experts_are_read_once(tmp_path, monkeypatch):
+    """Not all of a layer's experts for each of its matrices; what is wrong with one is said with its number."""
+    make_model(tmp_path / "in", "gpt_oss", num_hidden_layers=1, num_local_experts=8)
+    source, read = Source(tmp_path / "in"), [0]
+    isfinite = torch.isfinite
+    monkeypatch.setattr(torch, "isfinite", lambda t: (read.__setitem__(0, read[0] + t.numel()), isfinite(t))[1])
+    for m in source.layers[0].experts[0].matrices.values():
+        source.weight(m)
+        source.bias(m)
+    fused = [info for name, info in source.checkpoint.tensors.items() if ".experts." in name]
+    assert read[0] <= 2 * sum(math.prod(info.shape) for info in fused)
+    name = "model.layers.0.mlp.experts.down_proj"
+    bad = spoil(tmp_path / "in", tmp_path / "bad", lambda t, c: t[name][5].view(-1)[3].fill_(math.nan))
+    with pytest.raises(ValueError, match=rf"{name}\[5\]: holds 1 NaN"):
+        convert(bad, tmp_path / "out", text=None)
 
 
 @pytest.mark.parametrize(

@@ -172,9 +172,11 @@ class Source:
 
     # ------------------------------------------------------------------ weights
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor as stored. ValueError names it if it isn't finite."""
+    def tensor(self, name: str, expert: int | None = None) -> Tensor:
+        """One tensor as stored, or what a fused one has of one expert. ValueError names it if it isn't finite."""
         value = self.checkpoint.tensor(name)
+        if expert is not None:
+            name, value = f"{name}[{expert}]", value[expert]
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())
             raise ValueError(f"{name}: holds {bad} NaN or infinite values of {value.numel()}; expected finite weights")
@@ -182,10 +184,9 @@ class Source:
 
     def weight(self, matrix: Matrix) -> Tensor:
         """W of one matrix, float32 [in_features, out_features]."""
-        value = self.tensor(matrix.tensor)
-        if matrix.part:
-            e, what = matrix.part.split(".")
-            value = value[int(e)]
+        e, _, what = matrix.part.partition(".")
+        value = self.tensor(matrix.tensor, int(e) if what else None)
+        if what:
             transposed = value.shape[0] == matrix.in_features and self._transposed(matrix)
             value = value if transposed else value.T
             if what != "down_proj":
@@ -209,14 +210,11 @@ class Source:
         """Float16 [n], padded with zeros, or None."""
         if matrix.bias is None:
             return None
-        value = self.tensor(matrix.bias)
-        if matrix.part:
-            e, what = matrix.part.split(".")
-            value = value[int(e)]
-            if what != "down_proj":
-                value = value[(0 if what == "gate_proj" else 1) :: 2] if self._interleaved(matrix) else (
-                    value.chunk(2)[0 if what == "gate_proj" else 1]
-                )  # fmt: skip
+        e, _, what = matrix.part.partition(".")
+        value = self.tensor(matrix.bias, int(e) if what else None)
+        if what and what != "down_proj":
+            up = what == "up_proj"
+            value = value[up::2] if self._interleaved(matrix) else value.chunk(2)[up]
         padded = torch.zeros(matrix.n, dtype=torch.float16)
         padded[: matrix.out_features] = to_half(value, matrix.bias)
         return padded
@@ -301,7 +299,7 @@ class Source:
                     own, path, self._group(path), stored, "", module.in_features, module.out_features, bias
                 )  # fmt: skip
                 (parts[-1] if part is None else part).matrices.append(matrix)
-                done |= {weight, f"{path}.bias"}
+                done |= {weight, f"{path}.bias"} if bias else {weight}
         for key, name in found.items():
             if key in done:
                 continue
@@ -357,6 +355,8 @@ class Source:
                     tensor, prefix = files.pop((e, f"{own}.weight"))
                     bias = files.pop((e, f"{own}.bias"), (None,))[0]
                     matrix = Matrix(prefix, path, group, tensor, "", *sizes, bias)
+                    if shape.bias != (bias is not None):
+                        problems.append(f"{prefix}.bias: is {'missing' if shape.bias else 'extra'}")
                     if self.checkpoint.tensors[tensor].shape != (sizes[1], sizes[0]):
                         actual = list(self.checkpoint.tensors[tensor].shape)
                         problems.append(f"{tensor}: has shape {actual}; expected {[sizes[1], sizes[0]]}")
@@ -364,6 +364,8 @@ class Source:
                         problems.append(f"{tensor}: is {self.checkpoint.tensors[tensor].dtype}; expected a float")
                 elif fused in found:
                     done |= {fused, f"{fused}_bias"}
+                    if e == 0 and shape.bias and f"{fused}_bias" not in found:
+                        problems.append(f"{fused}_bias: is missing; {type(self.modules[path]).__name__} needs it")
                     root = found[fused].rpartition(".")[0]
                     matrix = Matrix(
                         f"{root}.{e}.{projection}", path, group, found[fused], f"{e}.{projection}", *sizes,
