@@ -76,12 +76,12 @@ def read_recipe(file: Path) -> dict[str, Any]:
         if sys.version_info < (3, 11):
             raise ValueError(f"{file}: TOML needs Python 3.11; expected JSON")
         tomllib = importlib.import_module("tomllib")
-
         try:
-            return dict(tomllib.loads(text.decode()))
+            found = tomllib.loads(text.decode())
         except ValueError as error:
             raise ValueError(f"{file}: malformed TOML: {error}") from None
-    found = parse_json(file, text)
+    else:
+        found = parse_json(file, text)
     if not isinstance(found, dict):
         raise ValueError(f"{file}: is a {type(found).__name__}; expected an object")
     return {"rates": found.get("rates")}

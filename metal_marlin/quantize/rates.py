@@ -51,7 +51,7 @@ def from_recipe(source: Source, recipe: dict[str, Any], codebook: str, head_bits
     ValueError: malformed, a rate that the codebook lacks, a pattern without groups, a group without a rate.
     """
     patterns = recipe.get("rates")
-    if not isinstance(patterns, dict) or not all(isinstance(bits, (int, float)) for bits in patterns.values()):
+    if not isinstance(patterns, dict) or not all(type(bits) in (int, float) for bits in patterns.values()):
         raise ValueError(f"recipe: rates is {patterns!r}; expected a table of group or pattern and bits")
     groups = groups_of(source)
     rates = {HEAD: round(2 * head_bits)} if HEAD in groups else {}

@@ -148,7 +148,7 @@ class _Run:
         tokenizer = AutoTokenizer.from_pretrained(
             str(self.source.directory), local_files_only=True, trust_remote_code=False
         )
-        if not text.strip():
+        if not text.strip("\0 \t\r\n"):
             raise ValueError("the calibration text is empty; expected some hundred kilobytes like what it will read")
         ids = token_ids(
             text, lambda part: tokenizer.encode(part, add_special_tokens=False, verbose=False), tokenizer.eos_token_id
