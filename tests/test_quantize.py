@@ -29,7 +29,8 @@ import metal_marlin.hf  # noqa: F401 -- registers EXL3
 from metal_marlin import _C, Checkpoint
 from metal_marlin.__main__ import main
 from metal_marlin.cli_quantize import choose_codebook, read_recipe
-from metal_marlin.quantize import Options, matrix, quantize, rates, run, work
+from metal_marlin.fit import Free
+from metal_marlin.quantize import Options, matrix, quantize, rates, work
 from metal_marlin.quantize.source import Source
 from metal_marlin.weights import REPORT_FILE
 
@@ -694,7 +695,8 @@ def test_too_little_disk_or_memory(small, tmp_path, monkeypatch):
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         with pytest.raises(OSError, match="GB are free"):
             convert(small, tmp_path / "out")
-    monkeypatch.setattr(run, "_total_memory", lambda: 10**6)
+    limit = Free(10**5, 10**6, "memory.max")  # of a container; the machine has more
+    monkeypatch.setattr("metal_marlin.fit.cgroup_memory", lambda: limit)
     with pytest.raises(ValueError, match="of memory here"):
         convert(small, tmp_path / "out2")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import shutil
 import sys
 import time
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from metal_marlin import _C, ops
 from metal_marlin._version import __version__
+from metal_marlin.fit import free_memory
 from metal_marlin.perplexity import cut_windows, token_ids
 from metal_marlin.quantize import rates as allocation
 from metal_marlin.quantize.calibrate import Calibration, ExpertsStandIn, Routed
@@ -196,7 +196,7 @@ class _Run:
             raise OSError(f"{work.folder}: {free / 1e9:.2f} GB are free; expected at least {need / 1e9:.2f} GB")
 
     def _check_memory(self) -> None:
-        need, total = self._memory(), _total_memory()
+        need, total = self._memory(), free_memory().total
         if need > total:
             raise ValueError(
                 f"this model needs about {need / 1e9:.1f} GB of memory here, and there are {total / 1e9:.1f} GB;"
@@ -386,10 +386,3 @@ class _Run:
 
 def _number(bits: float) -> float | int:
     return int(bits) if bits == int(bits) else bits
-
-
-def _total_memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return 2**62
