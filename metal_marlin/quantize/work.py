@@ -103,10 +103,7 @@ class Work:
         except Exception as error:  # safetensors has its own class for a full disk
             temporary.unlink(missing_ok=True)
             if isinstance(error, OSError) or "error" in type(error).__name__.lower():
-                raise OSError(
-                    f"{file}: can't be written: {error}. Finished layers are kept in {self.folder}: the same command"
-                    " goes on from there"
-                ) from error
+                raise _unwritten(file, error) from error
             raise
         storage = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
         self.manifest["files"][file.name] = {"size": file.stat().st_size, "tensors": storage, "facts": facts}
@@ -142,7 +139,10 @@ class Work:
         for pattern in TOKENIZER:
             for file in source.glob(pattern):
                 if file.is_file():
-                    shutil.copyfile(file, self.folder / file.name)
+                    try:
+                        shutil.copyfile(file, self.folder / file.name)
+                    except OSError as error:
+                        raise _unwritten(self.folder / file.name, error) from error
         _write(self.folder / INDEX_FILE, index_text)
         _write(self.folder / REPORT_FILE, json.dumps(report, indent=1))
         _write(
@@ -178,23 +178,37 @@ def _product(shape: list[int]) -> int:
 
 
 def _locked(file: Path) -> Any:
-    """The lock file, held until it is closed or the process ends. ValueError if another process has it."""
+    """The lock file, held until it is closed or the process ends. ValueError if another process has it, OSError if the
+    file system has no locks."""
     import fcntl
 
     stream = file.open("a")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         stream.close()
         raise ValueError(f"{file.parent} is in use by another process; expected none") from None
+    except OSError as error:
+        stream.close()
+        raise OSError(f"{file}: can't be locked: {error}; expected a file system with locks") from error
     return stream
 
 
 def _write(file: Path, text: str) -> None:
     temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        os.replace(temporary, file)
+    except OSError as error:
+        raise _unwritten(file, error) from error
+
+
+def _unwritten(file: Path, error: Exception) -> OSError:
+    return OSError(
+        f"{file}: can't be written: {error}. Finished layers are kept in {file.parent}: the same command goes on from"
+        " there"
+    )
 
 
 def _umask() -> int:
