@@ -30,7 +30,7 @@ from metal_marlin import _C, Checkpoint
 from metal_marlin.__main__ import main
 from metal_marlin.cli_quantize import choose_codebook, read_recipe
 from metal_marlin.fit import Free
-from metal_marlin.quantize import Options, matrix, quantize, rates, work
+from metal_marlin.quantize import Options, calibrate, matrix, quantize, rates, work
 from metal_marlin.quantize.source import Source
 from metal_marlin.weights import REPORT_FILE
 
@@ -223,6 +223,74 @@ def test_real_search_comes_near_the_bound(rng):
     w = torch.from_numpy(rng.normal(size=(1, 128, 256))).float()
     coded, _ = matrix.quantize_matrices(w, None, 4, "mul1", [1])
     assert 1.0 < coded[0].weight / 2.0**-4 < 1.2
+
+
+# ---------------------------------------------------------------- calibration
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_calibration_sees_what_the_model_computes(family, tmp_path):
+    """Layer by layer: outputs, and second moments of every linear layer's inputs, are those of transformers' own pass."""
+    model = make_model(tmp_path / "in", family).float()
+    source, ids = Source(tmp_path / "in"), torch.randint(3, 90, (3, 40), generator=torch.Generator().manual_seed(1))
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda m, x, path=path: inputs.update({path: x[0].detach().flatten(0, -2)}))
+        outputs_of = lambda m, x, y, path=path: outputs.update({path: y[0] if isinstance(y, tuple) else y})  # noqa: E731
+        if path in {part.path for part in source.layers}:
+            module.register_forward_hook(outputs_of)
+    with torch.no_grad():
+        with_stored_biases(model)(input_ids=ids)
+    state = calibrate.Calibration(source, ids)
+
+    def check(found: torch.Tensor, path: str) -> None:
+        x = inputs[path].double()
+        want = x.T @ x / ids.numel()
+        found = found[: len(want), : len(want)].double()
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+
+    for part in source.layers:
+        state.load(part)
+        moments, _ = state.moments(part, part.matrices)
+        for one in part.matrices:
+            check(moments[one.name], one.path)
+        state.advance(part)
+        want = outputs[part.path]
+        torch.testing.assert_close(state.state, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+        state.unload(part)
+    state.load(source.head)
+    check(state.head_moments(source.head), "lm_head")
+
+
+def test_second_moments_of_experts():
+    """Of each expert's tokens, weighted by the router's weights; few are helped out with the layer's as one a channel."""
+    generator = torch.Generator().manual_seed(0)
+    calls = [
+        (torch.randn(t, 4, generator=generator), torch.randint(0, 3, (t, 2), generator=generator, dtype=torch.int32),
+         torch.rand(t, 2, generator=generator))
+        for t in (90, 60)
+    ]  # fmt: skip
+    calls[1][1][7:9, 1] = 3  # expert 3 gets two tokens, expert 4 none
+    x, ids, weights = (torch.cat(parts).double().numpy() for parts in zip(*calls, strict=True))
+    routed = calibrate.Routed(list(calls))
+    for inner in (None, torch.tanh):
+        inputs = x if inner is None else np.tanh(x)
+        everyone = inputs.T @ inputs / len(inputs)
+        for e in range(5):
+            own = [(inputs[t], weights[t, s]) for t in range(len(x)) for s in range(2) if ids[t, s] == e]
+            total = sum((w * w * np.outer(v, v) for v, w in own), np.zeros((4, 4)))
+            power = sum(w * w for _, w in own)
+            if len(own) < 16 * 4:
+                share = 4 * (power / len(own) if own else 1)
+                total, power = total + share * everyone, power + share
+            found, tokens = routed.moments(e, 8, inner)
+            assert tokens == len(own)
+            np.testing.assert_allclose(found[:4, :4].numpy(), total / power, rtol=1e-4, atol=1e-6)
+            assert not found[4:].any()
+            assert not found[:, 4:].any()
+        assert (ids == 0).sum() >= 64
 
 
 # ---------------------------------------------------------------- whole models
