@@ -19,6 +19,7 @@ from metal_marlin.safetensors_header import parse_json
 
 PLACES = ("auto", "cpu", "apple")
 CODEBOOKS = ("auto", "mul1", "mcg", "3inst")
+BITS = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="MODEL_DIR", help="a Hugging Face model in bf16, fp16 or fp32")
     parser.add_argument("out", metavar="OUT_DIR", help="the folder to make; its name must be free")
     parser.add_argument(
-        "--bits", type=float, default=2.0, metavar="B",
-        help="bits per weight, the mean over all linear layers but the head, 1 to 8 (default: %(default)s)",
+        "--bits", type=float, metavar="B",
+        help=f"bits per weight, the mean over all linear layers but the head, 1 to 8 (default: {BITS:g})",
     )  # fmt: skip
     parser.add_argument(
         "--head-bits", type=float, default=6.0, metavar="B", help="of the output head (default: %(default)s)"
@@ -56,15 +57,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def choose_codebook(codebook: str, place: str, bits: float, uniform: bool) -> tuple[str, str]:
-    """(codebook, why). `bits` decides where mcg lacks the rate."""
+def choose_codebook(
+    codebook: str, place: str, bits: float, uniform: bool, recipe: dict[str, Any] | None = None
+) -> tuple[str, str]:
+    """(codebook, why). `bits`, or a recipe's rates, decide where mcg lacks a rate."""
     if codebook != "auto":
         return codebook, "as asked for"
     if place == "auto":
         place = "apple" if platform.system() == "Darwin" and platform.machine() == "arm64" else "cpu"
     if place == "cpu":
         return "mul1", "CPUs multiply it in integers, two to three times as fast as the others"
-    if 2 * bits not in _C.RATES2["mcg"] and (uniform or bits < 2):
+    rates = (recipe or {}).get("rates")
+    if isinstance(rates, dict) and any(isinstance(rate, float) and rate % 1 for rate in rates.values()):
+        return "mul1", "mcg, cheaper on Apple GPUs, has whole rates only, and the recipe has others"
+    if recipe is None and 2 * bits not in _C.RATES2["mcg"] and (uniform or bits < 2):
         return "mul1", f"mcg, cheaper on Apple GPUs, has whole rates only, which waste much at {bits:g} bits"
     return "mcg", "the cheapest to decode on Apple GPUs; on a CPU, mul1 is two to three times as fast"
 
@@ -99,8 +105,11 @@ def quantize(arguments: argparse.Namespace) -> None:
 
     if not Path(arguments.directory).is_dir():
         raise FileNotFoundError(f"{arguments.directory} is not a directory")
+    if arguments.recipe and arguments.bits is not None:
+        raise ValueError(f"--bits {arguments.bits:g} and --recipe: a recipe gives the bits itself; expected one of the two")
     recipe = read_recipe(Path(arguments.recipe)) if arguments.recipe else None
-    codebook, why = choose_codebook(arguments.codebook, arguments.place, arguments.bits, arguments.uniform)
+    bits = BITS if arguments.bits is None else arguments.bits
+    codebook, why = choose_codebook(arguments.codebook, arguments.place, bits, arguments.uniform, recipe)
     text = None
     if arguments.calibration:
         file = Path(arguments.calibration)
@@ -111,7 +120,7 @@ def quantize(arguments: argparse.Namespace) -> None:
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: is not UTF-8 text: {error}") from None
     options = Options(
-        arguments.bits, arguments.head_bits, codebook, arguments.uniform, arguments.rows, arguments.length
+        bits, arguments.head_bits, codebook, arguments.uniform, arguments.rows, arguments.length
     ).check()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="transformers")

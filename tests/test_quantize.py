@@ -636,6 +636,8 @@ def test_read_recipe(tmp_path):
         (("auto", "apple", 2.25, False), "mcg"),
         (("auto", "apple", 1.5, False), "mul1"),
         (("auto", "apple", 2.5, True), "mul1"),
+        (("auto", "apple", 2, False, {"rates": {"*": 2, "*.experts.down": 2.5}}), "mul1"),
+        (("auto", "apple", 2, False, {"rates": {"*": 2, "*.experts.down": 3.0}}), "mcg"),
     ],
 )
 def test_codebook_by_place(arguments, codebook):
@@ -783,6 +785,7 @@ def test_command_line_errors(small, tmp_path, capsys):
         (["nowhere", "x"], "nowhere is not a directory"),
         ([str(small), "x", "--calibration", "nowhere"], "nowhere is not a file"),
         ([str(small), "x", "--bits", "9"], "bits is 9"),
+        ([str(small), "x", "--bits", "3", "--recipe", "y"], "--bits 3 and --recipe"),
         ([str(small), str(small)], "isn't an empty folder"),
     ):
         assert main(["quantize", *arguments]) == 2
