@@ -48,26 +48,33 @@ class Work:
         existed = self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.folder / LOCK)
+        try:
+            self._take_up(existed)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _take_up(self, existed: bool) -> None:
+        """Reads the manifest of an interrupted run. ValueError: it is another run's, or none."""
         file = self.folder / MANIFEST
         if file.is_file():
             found = parse_json(file, file.read_bytes())
-            before = found.get("identity", {})
-            differing = [key for key in {**before, **self.identity} if before.get(key) != self.identity.get(key)]
+            if not isinstance(found, dict) or found.keys() != self.manifest.keys():
+                raise ValueError(f"{file}: isn't what an interrupted run writes; expected its manifest, or no folder")
+            before, now = found["identity"], self.identity
+            differing = sorted(key for key in {**before, **now} if before.get(key) != now.get(key))
             if differing:
-                now = self.identity
-                changes = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted(differing))
-                self.close()
+                changes = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differing)
                 raise ValueError(
                     f"{self.folder} holds an interrupted run with other settings ({changes}): finish it with those, or"
                     " delete the folder"
                 )
             self.manifest = found
         elif existed and any(path.name not in (LOCK, f"{MANIFEST}.tmp") for path in self.folder.iterdir()):
-            self.close()
             raise ValueError(f"{self.folder} exists and has no {MANIFEST}; expected an interrupted run, or nothing")
         for leftover in self.folder.glob("*.tmp"):
             leftover.unlink()
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
