@@ -106,7 +106,7 @@ def quantize(arguments: argparse.Namespace) -> None:
     if not Path(arguments.directory).is_dir():
         raise FileNotFoundError(f"{arguments.directory} is not a directory")
     if arguments.recipe and arguments.bits is not None:
-        raise ValueError(f"--bits {arguments.bits:g} and --recipe: a recipe gives the bits itself; expected one of the two")
+        raise ValueError(f"--bits {arguments.bits:g} and --recipe, which gives the bits itself; expected one of them")
     recipe = read_recipe(Path(arguments.recipe)) if arguments.recipe else None
     bits = BITS if arguments.bits is None else arguments.bits
     codebook, why = choose_codebook(arguments.codebook, arguments.place, bits, arguments.uniform, recipe)
@@ -119,9 +119,7 @@ def quantize(arguments: argparse.Namespace) -> None:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: is not UTF-8 text: {error}") from None
-    options = Options(
-        bits, arguments.head_bits, codebook, arguments.uniform, arguments.rows, arguments.length
-    ).check()
+    options = Options(bits, arguments.head_bits, codebook, arguments.uniform, arguments.rows, arguments.length).check()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="transformers")
 

@@ -203,8 +203,8 @@ def _regularized(moments: Tensor | None, k: int) -> Tensor | None:
 
 
 def _shift(suh: Tensor) -> Tensor:
-    """[B, 1] the power of two that takes tiny scales to where float16 has all its bits, and large ones below its largest
-    number; svh makes up for it."""
+    """[B, 1] the power of two that takes tiny scales to where float16 has all its bits, and large ones below its
+    largest number; svh makes up for it."""
     up = (-13 - suh.amin(1, keepdim=True).log2()).ceil().clamp(0, 24)
     return torch.exp2(torch.minimum(up, (14 - suh.amax(1, keepdim=True).log2()).floor()))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import shutil
 import sys
 import time
@@ -244,7 +245,7 @@ class _Run:
         if not facts:
             return
         errors = torch.tensor([fact["proxy"] for fact in facts.values()])
-        few = sum(fact.get("tokens", 10**9) < 2 * fact["k"] for fact in facts.values())
+        few = sum(fact.get("tokens", math.inf) < MIN_TOKENS * fact["k"] for fact in facts.values())
         line = f"{part.name:<9} error {errors.mean():.4f} (worst {errors.max():.4f}), {time.monotonic() - began:.0f} s"
         if few:
             line += f"; {few} matrices of experts with few tokens: helped out with those of the layer"

@@ -46,7 +46,7 @@ class Matrix:
 
     name    as the output calls it: model.layers.3.mlp.experts.17.up_proj
     group   what shares a rate: model.layers.3.mlp.experts.gate_up
-    tensor  where it is in the input: the name of a tensor, and what to take of it ("", or of a fused one, "e.gate")
+    tensor  where it is in the input, and in `part` what to take of that: "", or of a fused one such as "3.gate_proj"
     """
 
     name: str
@@ -88,9 +88,6 @@ class Experts:
     path: str
     shape: ExpertsShape
     matrices: dict[tuple[int, str], Matrix] = field(default_factory=dict)
-
-    def projection(self, name: str) -> list[Matrix]:
-        return [self.matrices[e, name] for e in range(self.shape.experts)]
 
 
 @dataclass
