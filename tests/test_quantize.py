@@ -296,7 +296,9 @@ def test_second_moments_of_experts():
 # ---------------------------------------------------------------- whole models
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "qwen3_5_moe"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "qwen3_5_moe", "deepseek_v3", "qwen3_next", "llama"]
+)
 def test_families(family, tmp_path):
     """Every matrix lands where it belongs: the loaded model computes what the original does with decoded weights."""
     names = {"num_experts", "num_local_experts", "n_routed_experts"} & FAMILIES[family].sizes.keys()

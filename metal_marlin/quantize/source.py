@@ -38,6 +38,7 @@ FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # linear layers that exllamav3 keeps in float16: routers, and projections too narrow for blocks of 128
 KEPT = ("gate", "router", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba")
 HEAD = "lm_head"
+ExpertFiles = dict[tuple[int, str], tuple[str, str]]  # see Source._find
 
 
 @dataclass(frozen=True)
@@ -236,17 +237,13 @@ class Source:
 
     # ------------------------------------------------------------------ names
 
-    def _make_parts(self, count: int) -> list[Part]:
-        parts = [Part("before"), *(Part(f"layer {i}", f"{self.layers_path}.{i}") for i in range(count)), Part("after")]
-        by_path = {part.path: part for part in parts[1:-1]}
-        conversions = get_model_conversion_mapping(self.model)
-        expected: dict[str, Any] = self.model.state_dict()
-        renamed = _renamer(self.model, conversions, {})
-        ignored, tied = _ignored(self.model), dict(getattr(self.model, "all_tied_weights_keys", None) or {})
-        problems: list[str] = []
-        found: dict[str, str] = {}  # path of a parameter: name in the file
-        stacks: dict[str, Experts] = {}
-        separate: dict[str, dict[tuple[int, str], tuple[str, str]]] = {}
+    def _find(self, expected: dict[str, Any]) -> tuple[dict[str, str], dict[str, ExpertFiles], list[str]]:
+        """Where the files' tensors belong: {key of `expected`: name in a file}, of experts that are stored one by one
+        {path: {(expert, "down_proj.weight"): (name, its prefix)}}, and what is wrong with them."""
+        renamed = _renamer(self.model, get_model_conversion_mapping(self.model), {})
+        ignored, problems = _ignored(self.model), list[str]()
+        found: dict[str, str] = {}
+        separate: dict[str, ExpertFiles] = {}
         for name in sorted(self.checkpoint.tensors, key=dot_natural_key):
             prefix, _, leaf = name.rpartition(".")
             path = renamed(f"{prefix}.trellis")[0].removesuffix(".trellis")
@@ -273,6 +270,15 @@ class Source:
                 problems.append(f"{name}: has shape {list(info.shape)}; expected {list(expected[key].shape)}")
             elif expected[key].is_floating_point() and info.dtype not in FLOATS:
                 problems.append(f"{name}: is {info.dtype}; expected {', '.join(FLOATS)}")
+        return found, separate, problems
+
+    def _make_parts(self, count: int) -> list[Part]:
+        parts = [Part("before"), *(Part(f"layer {i}", f"{self.layers_path}.{i}") for i in range(count)), Part("after")]
+        by_path = {part.path: part for part in parts[1:-1]}
+        expected: dict[str, Any] = self.model.state_dict()
+        tied = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+        found, separate, problems = self._find(expected)
+        stacks: dict[str, Experts] = {}
         done: set[str] = set()
         for path, module in self.modules.items():
             part = next((by_path[p] for p in by_path if path == p or path.startswith(f"{p}.")), None)
@@ -334,7 +340,7 @@ class Source:
     def _place_experts(
         self,
         experts: Experts,
-        files: dict[tuple[int, str], tuple[str, str]],
+        files: ExpertFiles,
         found: dict[str, str],
         done: set[str],
     ) -> list[str]:
