@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import platform
 import sys
 import warnings
@@ -126,7 +127,10 @@ def quantize(arguments: argparse.Namespace) -> None:
     def say(line: str) -> None:
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)  # over the progress line
-        print(line, flush=True)
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:  # the reader left (`| head`); hours of work need none
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     say(f"codebook     {codebook}: {why}")
     try:

@@ -413,6 +413,16 @@ def test_command(tmp_path, capsys):
     assert {m.name: fixed[m.group] for m in source.everything()} == {name: g.rate2 for name, g in groups.items()}
 
 
+@pytest.mark.skipif(not FAST, reason="the search takes a quarter of a second for a tile here")
+@pytest.mark.parametrize("rate2", [2, 3, 4, 5, 6, 7, 8])
+def test_the_distortions_that_rates_are_chosen_by(rng, rate2):
+    """The table is what the search reaches on Gaussian tiles; beyond 4 bits a sample's few largest numbers decide."""
+    tiles = torch.from_numpy(rng.normal(size=(48, 16, 16))).float() * matrix.BEST_RMS["mul1"][rate2]
+    values = matrix.trellis_search(tiles, rate2, "mul1")[1]
+    error = float((tiles - values).square().mean() / tiles.square().mean())
+    assert error == pytest.approx(matrix.DISTORTION[rate2], rel=0.08)
+
+
 # ---------------------------------------------------------------- interruptions
 
 
@@ -784,6 +794,31 @@ def test_too_little_disk_or_memory(small, tmp_path, monkeypatch):
     monkeypatch.setattr("metal_marlin.fit.cgroup_memory", lambda: limit)
     with pytest.raises(ValueError, match="of memory here"):
         convert(small, tmp_path / "out2")
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(small, tmp_path):
+    """As `quantize ... | head -1`: the work goes on, where a broken pipe ends other commands, with status 0."""
+    script = (
+        "import sys, metal_marlin.quantize as q, metal_marlin.__main__ as m\n"
+        "def run(*a, say, **k):\n"
+        "    sys.stdin.read()\n"
+        "    for i in range(3): say('line')\n"
+        "    open(sys.argv[2], 'w').write('done')\n"
+        "q.quantize = run\n"
+        "sys.exit(m.main(['quantize', sys.argv[1], sys.argv[2]]))\n"
+    )
+    command = [sys.executable, "-c", script, str(small), str(tmp_path / "out")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=Path(__file__).parent.parent, **pipes) as process:
+        assert process.stdout is not None
+        assert b"codebook" in process.stdout.readline()
+        process.stdout.close()
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.stderr is not None
+        errors = process.stderr.read()
+    assert process.returncode == 0, errors.decode()
+    assert (tmp_path / "out").read_text() == "done"
 
 
 def test_command_line_errors(small, tmp_path, capsys):
