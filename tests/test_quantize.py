@@ -739,6 +739,15 @@ def test_bad_calibration(small, tmp_path, text, message):
         convert(small, tmp_path / "out", text=text)
 
 
+def test_a_missing_tokenizer(small, tmp_path):
+    """transformers then makes one that knows no word: all of the text would be ends of documents."""
+    shutil.copytree(small, tmp_path / "in")
+    for file in (tmp_path / "in").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"tokenizer makes . different tokens"):
+        convert(tmp_path / "in", tmp_path / "out", text="\0".join(["a text"] * 3000))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -154,6 +154,11 @@ class _Run:
         ids = token_ids(
             text, lambda part: tokenizer.encode(part, add_special_tokens=False, verbose=False), tokenizer.eos_token_id
         )  # fmt: skip
+        if len(set(ids)) <= 2:  # end of text and unknown: transformers makes an empty tokenizer where there is none
+            raise ValueError(
+                f"{self.source.directory}: its tokenizer makes {len(set(ids))} different tokens of the calibration"
+                " text; expected the model's tokenizer files there, and a text of more than one word"
+            )
         limit = getattr(self.source.config, "max_position_embeddings", None) or self.options.length
         windows = cut_windows(ids, min(self.options.length, limit, max(2, len(ids))))
         if int(windows.max()) >= self.source.config.vocab_size:
