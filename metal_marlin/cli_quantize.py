@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import platform
 import sys
 import warnings
@@ -19,6 +20,7 @@ from metal_marlin.safetensors_header import parse_json
 
 PLACES = ("auto", "cpu", "apple")
 CODEBOOKS = ("auto", "mul1", "mcg", "3inst")
+BITS = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="MODEL_DIR", help="a Hugging Face model in bf16, fp16 or fp32")
     parser.add_argument("out", metavar="OUT_DIR", help="the folder to make; its name must be free")
     parser.add_argument(
-        "--bits", type=float, default=2.0, metavar="B",
-        help="bits per weight, the mean over all linear layers but the head, 1 to 8 (default: %(default)s)",
+        "--bits", type=float, metavar="B",
+        help=f"bits per weight, the mean over all linear layers but the head, 1 to 8 (default: {BITS:g})",
     )  # fmt: skip
     parser.add_argument(
         "--head-bits", type=float, default=6.0, metavar="B", help="of the output head (default: %(default)s)"
@@ -56,15 +58,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def choose_codebook(codebook: str, place: str, bits: float, uniform: bool) -> tuple[str, str]:
-    """(codebook, why). `bits` decides where mcg lacks the rate."""
+def choose_codebook(
+    codebook: str, place: str, bits: float, uniform: bool, recipe: dict[str, Any] | None = None
+) -> tuple[str, str]:
+    """(codebook, why). `bits`, or a recipe's rates, decide where mcg lacks a rate."""
     if codebook != "auto":
         return codebook, "as asked for"
     if place == "auto":
         place = "apple" if platform.system() == "Darwin" and platform.machine() == "arm64" else "cpu"
     if place == "cpu":
         return "mul1", "CPUs multiply it in integers, two to three times as fast as the others"
-    if 2 * bits not in _C.RATES2["mcg"] and (uniform or bits < 2):
+    rates = (recipe or {}).get("rates")
+    if isinstance(rates, dict) and any(isinstance(rate, float) and rate % 1 for rate in rates.values()):
+        return "mul1", "mcg, cheaper on Apple GPUs, has whole rates only, and the recipe has others"
+    if recipe is None and 2 * bits not in _C.RATES2["mcg"] and (uniform or bits < 2):
         return "mul1", f"mcg, cheaper on Apple GPUs, has whole rates only, which waste much at {bits:g} bits"
     return "mcg", "the cheapest to decode on Apple GPUs; on a CPU, mul1 is two to three times as fast"
 
@@ -76,12 +83,12 @@ def read_recipe(file: Path) -> dict[str, Any]:
         if sys.version_info < (3, 11):
             raise ValueError(f"{file}: TOML needs Python 3.11; expected JSON")
         tomllib = importlib.import_module("tomllib")
-
         try:
-            return dict(tomllib.loads(text.decode()))
+            found = tomllib.loads(text.decode())
         except ValueError as error:
             raise ValueError(f"{file}: malformed TOML: {error}") from None
-    found = parse_json(file, text)
+    else:
+        found = parse_json(file, text)
     if not isinstance(found, dict):
         raise ValueError(f"{file}: is a {type(found).__name__}; expected an object")
     return {"rates": found.get("rates")}
@@ -99,8 +106,11 @@ def quantize(arguments: argparse.Namespace) -> None:
 
     if not Path(arguments.directory).is_dir():
         raise FileNotFoundError(f"{arguments.directory} is not a directory")
+    if arguments.recipe and arguments.bits is not None:
+        raise ValueError(f"--bits {arguments.bits:g} and --recipe, which gives the bits itself; expected one of them")
     recipe = read_recipe(Path(arguments.recipe)) if arguments.recipe else None
-    codebook, why = choose_codebook(arguments.codebook, arguments.place, arguments.bits, arguments.uniform)
+    bits = BITS if arguments.bits is None else arguments.bits
+    codebook, why = choose_codebook(arguments.codebook, arguments.place, bits, arguments.uniform, recipe)
     text = None
     if arguments.calibration:
         file = Path(arguments.calibration)
@@ -110,16 +120,17 @@ def quantize(arguments: argparse.Namespace) -> None:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: is not UTF-8 text: {error}") from None
-    options = Options(
-        arguments.bits, arguments.head_bits, codebook, arguments.uniform, arguments.rows, arguments.length
-    ).check()
+    options = Options(bits, arguments.head_bits, codebook, arguments.uniform, arguments.rows, arguments.length).check()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="transformers")
 
     def say(line: str) -> None:
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)  # over the progress line
-        print(line, flush=True)
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:  # the reader left (`| head`); hours of work need none
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     say(f"codebook     {codebook}: {why}")
     try:

@@ -402,3 +402,13 @@ def _router_backward(
 
 
 torch.library.register_autograd("metal_marlin::router", _router_backward, setup_context=_router_setup)
+
+
+def _no_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise RuntimeError(
+        "metal_marlin::trellis_quantize is not differentiable: its values are steps of its tiles; expected tiles that"
+        " need no gradient"
+    )
+
+
+torch.library.register_autograd("metal_marlin::trellis_quantize", _no_derivative)

@@ -29,7 +29,8 @@ import metal_marlin.hf  # noqa: F401 -- registers EXL3
 from metal_marlin import _C, Checkpoint
 from metal_marlin.__main__ import main
 from metal_marlin.cli_quantize import choose_codebook, read_recipe
-from metal_marlin.quantize import Options, matrix, quantize, rates, run, work
+from metal_marlin.fit import Free
+from metal_marlin.quantize import Options, calibrate, matrix, quantize, rates, work
 from metal_marlin.quantize.source import Source
 from metal_marlin.weights import REPORT_FILE
 
@@ -180,6 +181,33 @@ def test_scales_of_any_size_fit_float16(rng, size):
     assert bool(torch.isfinite(coded[0].suh).all() and torch.isfinite(coded[0].svh).all())
 
 
+@pytest.mark.parametrize("size", [1e-8, 1e-12, 1e-15, 1e-20, 1e-38])
+def test_one_tiny_channel_spoils_nothing(rng, size):
+    """An input or output whose weights have decayed to almost nothing, as in trained models; a scale each must fit."""
+    whole = torch.from_numpy(rng.normal(size=(1, 128, 128))).float()
+    x = correlated(rng, 500, 128)
+    for place in ((0, 5), (0, slice(None), 5)):
+        w = whole.clone()
+        w[place] *= size
+        coded, _ = matrix.quantize_matrices(w, (x.T @ x)[None] / 500, 6, "mul1", [1], search=greedy)
+        assert coded[0].proxy < 0.3
+        assert bool(torch.isfinite(coded[0].suh).all() and torch.isfinite(coded[0].svh).all())
+
+
+@pytest.mark.parametrize("size", [0, 1e-30, 1e-18, 1e-13, 1e-10, 1e6, 1e8])
+def test_a_matrix_of_any_size_codes(rng, size):
+    """With second moments too: a matrix of zeros (a layer that is switched off) and one beyond float16."""
+    x = correlated(rng, 500, 128)
+    w = torch.from_numpy(rng.normal(size=(1, 128, 128))).float() * size
+    coded, dense = matrix.quantize_matrices(w, (x.T @ x)[None] / 500, 6, "mul1", [1], search=greedy)
+    assert bool(torch.isfinite(coded[0].suh).all() and torch.isfinite(coded[0].svh).all())
+    assert coded[0].suh.all()
+    if size < 1e-12:  # no two float16 scales reach there
+        assert not dense.any()
+    else:
+        assert coded[0].proxy < 0.3
+
+
 @pytest.mark.parametrize("m", [torch.zeros(1, 128, 128), torch.ones(1, 128, 128), torch.full((1, 128, 128), math.nan)])
 def test_useless_second_moments(rng, m):
     """Nothing seen, one direction only, or not finite: still codes."""
@@ -197,10 +225,80 @@ def test_real_search_comes_near_the_bound(rng):
     assert 1.0 < coded[0].weight / 2.0**-4 < 1.2
 
 
+# ---------------------------------------------------------------- calibration
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_calibration_sees_what_the_model_computes(family, tmp_path):
+    """Layer by layer: outputs, and second moments of every linear layer's inputs, are those of transformers' own."""
+    model = make_model(tmp_path / "in", family).float()
+    source, ids = Source(tmp_path / "in"), torch.randint(3, 90, (3, 40), generator=torch.Generator().manual_seed(1))
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda m, x, path=path: inputs.update({path: x[0].flatten(0, -2)}))
+        outputs_of = lambda m, x, y, path=path: outputs.update({path: y[0] if isinstance(y, tuple) else y})  # noqa: E731
+        if path in {part.path for part in source.layers}:
+            module.register_forward_hook(outputs_of)
+    with torch.no_grad():
+        with_stored_biases(model)(input_ids=ids)
+    state = calibrate.Calibration(source, ids)
+
+    def check(found: torch.Tensor, path: str) -> None:
+        x = inputs[path].double()
+        want = x.T @ x / ids.numel()
+        found = found[: len(want), : len(want)].double()
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+
+    for part in source.layers:
+        state.load(part)
+        moments, _ = state.moments(part, part.matrices)
+        for one in part.matrices:
+            check(moments[one.name], one.path)
+        state.advance(part)
+        want = outputs[part.path]
+        torch.testing.assert_close(state.state, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+        state.unload(part)
+    state.load(source.head)
+    check(state.head_moments(source.head), "lm_head")
+
+
+def test_second_moments_of_experts():
+    """Of each expert's tokens, weighted by the router's weights; few are helped out with the layer's, one a channel."""
+    generator = torch.Generator().manual_seed(0)
+    calls = [
+        (torch.randn(t, 4, generator=generator), torch.randint(0, 3, (t, 2), generator=generator, dtype=torch.int32),
+         torch.rand(t, 2, generator=generator))
+        for t in (90, 60)
+    ]  # fmt: skip
+    calls[1][1][7:9, 1] = 3  # expert 3 gets two tokens, expert 4 none
+    x, ids, weights = (torch.cat(parts).double().numpy() for parts in zip(*calls, strict=True))
+    routed = calibrate.Routed(list(calls))
+    for inner in (None, torch.tanh):
+        inputs = x if inner is None else np.tanh(x)
+        everyone = inputs.T @ inputs / len(inputs)
+        for e in range(5):
+            own = [(inputs[t], weights[t, s]) for t in range(len(x)) for s in range(2) if ids[t, s] == e]
+            total = sum((w * w * np.outer(v, v) for v, w in own), np.zeros((4, 4)))
+            power = sum(w * w for _, w in own)
+            if len(own) < 16 * 4:
+                share = 4 * (power / len(own) if own else 1)
+                total, power = total + share * everyone, power + share
+            found, tokens = routed.moments(e, 8, inner)
+            assert tokens == len(own)
+            np.testing.assert_allclose(found[:4, :4].numpy(), total / power, rtol=1e-4, atol=1e-6)
+            assert not found[4:].any()
+            assert not found[:, 4:].any()
+        assert (ids == 0).sum() >= 64
+
+
 # ---------------------------------------------------------------- whole models
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "qwen3_5_moe"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "qwen3_5_moe", "deepseek_v3", "qwen3_next", "llama"]
+)
 def test_families(family, tmp_path):
     """Every matrix lands where it belongs: the loaded model computes what the original does with decoded weights."""
     names = {"num_experts", "num_local_experts", "n_routed_experts"} & FAMILIES[family].sizes.keys()
@@ -315,6 +413,16 @@ def test_command(tmp_path, capsys):
     assert {m.name: fixed[m.group] for m in source.everything()} == {name: g.rate2 for name, g in groups.items()}
 
 
+@pytest.mark.skipif(not FAST, reason="the search takes a quarter of a second for a tile here")
+@pytest.mark.parametrize("rate2", [2, 3, 4, 5, 6, 7, 8])
+def test_the_distortions_that_rates_are_chosen_by(rng, rate2):
+    """The table is what the search reaches on Gaussian tiles; beyond 4 bits a sample's few largest numbers decide."""
+    tiles = torch.from_numpy(rng.normal(size=(48, 16, 16))).float() * matrix.BEST_RMS["mul1"][rate2]
+    values = matrix.trellis_search(tiles, rate2, "mul1")[1]
+    error = float((tiles - values).square().mean() / tiles.square().mean())
+    assert error == pytest.approx(matrix.DISTORTION[rate2], rel=0.08)
+
+
 # ---------------------------------------------------------------- interruptions
 
 
@@ -383,6 +491,10 @@ def test_a_resumed_run_must_be_the_same_run(small, tmp_path):
         convert(small, tmp_path / "out", replace(PLENTY, bits=3))
     with pytest.raises(ValueError, match="calibration was"):
         convert(small, tmp_path / "out", text=TEXT[::-1])
+    for broken in ("[]", "{", '{"identity": {}}'):
+        (tmp_path / "out.quantizing" / work.MANIFEST).write_text(broken)
+        with pytest.raises(ValueError, match=r"manifest\.json"):
+            convert(small, tmp_path / "out")
 
 
 def test_a_killed_process_leaves_nothing_whole(small, tmp_path):
@@ -406,12 +518,49 @@ def test_a_killed_process_leaves_nothing_whole(small, tmp_path):
     Checkpoint(tmp_path / "out")
 
 
+def test_interrupted_before_the_first_manifest(small, tmp_path, monkeypatch):
+    """Killed, or out of disk, while the first manifest was being written: nothing is lost, so the next run goes on."""
+
+    def full(file: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "_sync", full)
+        with pytest.raises(OSError, match=r"manifest\.json: can't be written: .*No space.*the same command goes on"):
+            convert(small, tmp_path / "out", text=None)
+    assert list((tmp_path / "out.quantizing").iterdir())
+    convert(small, tmp_path / "out", text=None)
+    Checkpoint(tmp_path / "out")
+
+
+def test_killed_after_the_folder_got_its_name(small, tmp_path, monkeypatch):
+    convert(small, tmp_path / "whole", text=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *a, **k: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            convert(small, tmp_path / "out", text=None)
+    assert (tmp_path / "out" / work.MANIFEST).exists()
+    with pytest.raises(ValueError, match="out is whole"):
+        convert(small, tmp_path / "out", text=None)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert not (tmp_path / "out" / work.LOCK).exists()
+
+
 def test_two_processes_cannot_share_a_folder(small, tmp_path):
     with (
         work.Work(tmp_path / "out", {"a": 1}, 4),
         pytest.raises(ValueError, match="in use by another process"),
         work.Work(tmp_path / "out", {"a": 1}, 4),
     ):
+        pass
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def flock(*arguments: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(OSError, match=r"lock: can't be locked: .*not supported"), work.Work(tmp_path / "out", {}, 4):
         pass
 
 
@@ -472,6 +621,7 @@ def test_recipe(small, tmp_path):
     for bad, message in (
         ({}, "rates is None"),
         ({"rates": {"*": 2.25}}, "has 2.25 bits"),
+        ({"rates": {"*": True}}, "rates is {'.': True}"),
         ({"rates": {"*": 2, "nothing": 2}}, "nothing matches none"),
         ({"rates": {"*.qkv": 2}}, "gives no rate for"),
     ):
@@ -485,7 +635,7 @@ def test_read_recipe(tmp_path):
     (tmp_path / "b.json").write_text("[1]")
     with pytest.raises(ValueError, match="is a list"):
         read_recipe(tmp_path / "b.json")
-    (tmp_path / "c.toml").write_text('[rates]\n"*" = 2\n')
+    (tmp_path / "c.toml").write_text('of = 2026-01-01\n[rates]\n"*" = 2\n')  # what else it holds is not for JSON
     if sys.version_info >= (3, 11):
         assert read_recipe(tmp_path / "c.toml") == {"rates": {"*": 2}}
     else:
@@ -502,6 +652,8 @@ def test_read_recipe(tmp_path):
         (("auto", "apple", 2.25, False), "mcg"),
         (("auto", "apple", 1.5, False), "mul1"),
         (("auto", "apple", 2.5, True), "mul1"),
+        (("auto", "apple", 2, False, {"rates": {"*": 2, "*.experts.down": 2.5}}), "mul1"),
+        (("auto", "apple", 2, False, {"rates": {"*": 2, "*.experts.down": 3.0}}), "mcg"),
     ],
 )
 def test_codebook_by_place(arguments, codebook):
@@ -524,6 +676,7 @@ def spoil(source: Path, target: Path, change: Any) -> Path:
 
 
 UP = "model.layers.1.mlp.experts.1.up_proj.weight"
+BIAS = "model.layers.0.self_attn.q_proj.bias"
 
 
 @pytest.mark.parametrize(
@@ -546,12 +699,53 @@ def test_bad_models(small, tmp_path, change, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_biases_must_be_there(tmp_path):
+    """As everything else: without them the result could not be loaded."""
+    make_model(tmp_path / "oss", "gpt_oss", num_hidden_layers=1, num_local_experts=2)
+    make_model(tmp_path / "qwen", "qwen3_moe", **SMALL, attention_bias=True)
+    fused = "model.layers.0.mlp.experts.down_proj_bias"
+    for name, bias in (("oss", fused), ("oss", fused.replace("down", "gate_up")), ("qwen", BIAS), ("oss", BIAS)):
+        bad = spoil(tmp_path / name, tmp_path / f"{name}-{bias}", lambda t, c, bias=bias: t.pop(bias))
+        with pytest.raises(ValueError, match=f"{bias}: is missing"):
+            Source(bad)
+    extra = UP.replace("weight", "bias")
+    bad = spoil(tmp_path / "qwen", tmp_path / "extra", lambda t, c: t.update({extra: torch.zeros(128)}))
+    with pytest.raises(ValueError, match=f"{extra}: is extra"):
+        Source(bad)
+
+
+def test_fused_experts_are_read_once(tmp_path, monkeypatch):
+    """Not all of a layer's experts for each of its matrices; what is wrong with one is said with its number."""
+    make_model(tmp_path / "in", "gpt_oss", num_hidden_layers=1, num_local_experts=8)
+    source, read = Source(tmp_path / "in"), [0]
+    isfinite = torch.isfinite
+    monkeypatch.setattr(torch, "isfinite", lambda t: (read.__setitem__(0, read[0] + t.numel()), isfinite(t))[1])
+    for m in source.layers[0].experts[0].matrices.values():
+        source.weight(m)
+        source.bias(m)
+    fused = [info for name, info in source.checkpoint.tensors.items() if ".experts." in name]
+    assert read[0] <= 2 * sum(math.prod(info.shape) for info in fused)
+    name = "model.layers.0.mlp.experts.down_proj"
+    bad = spoil(tmp_path / "in", tmp_path / "bad", lambda t, c: t[name][5].view(-1)[3].fill_(math.nan))
+    with pytest.raises(ValueError, match=rf"{name}\[5\]: holds 1 NaN"):
+        convert(bad, tmp_path / "out", text=None)
+
+
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "is empty"), (" \n", "is empty"), ("too short", "expected at least 256")]
+    ("text", "message"), [("", "is empty"), (" \n\0", "is empty"), ("too short", "expected at least 256")]
 )
 def test_bad_calibration(small, tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         convert(small, tmp_path / "out", text=text)
+
+
+def test_a_missing_tokenizer(small, tmp_path):
+    """transformers then makes one that knows no word: all of the text would be ends of documents."""
+    shutil.copytree(small, tmp_path / "in")
+    for file in (tmp_path / "in").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"tokenizer makes . different tokens"):
+        convert(tmp_path / "in", tmp_path / "out", text="\0".join(["a text"] * 3000))
 
 
 @pytest.mark.parametrize(
@@ -581,15 +775,59 @@ def test_output_in_the_way(small, tmp_path):
     assert (tmp_path / "free.quantizing" / "file").read_text() == "mine"
 
 
+def test_output_through_links(small, tmp_path, monkeypatch):
+    """A link to an empty folder, and paths that end in dots: found out before the work, not after it."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    convert(small, tmp_path / "link", text=None)
+    Checkpoint(tmp_path / "real")
+    calls: list[int] = []
+    monkeypatch.chdir(tmp_path / "real")
+    for out in (Path("."), tmp_path / "real" / "..", tmp_path / "link"):
+        with pytest.raises(ValueError, match="isn't an empty folder"):
+            convert(small, out, text=None, search=lambda *a: calls.append(1))
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    with pytest.raises(ValueError, match="disk is a mount point"):
+        convert(small, tmp_path / "disk", text=None, search=lambda *a: calls.append(1))
+    assert not calls
+
+
 def test_too_little_disk_or_memory(small, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         with pytest.raises(OSError, match="GB are free"):
             convert(small, tmp_path / "out")
-    monkeypatch.setattr(run, "_total_memory", lambda: 10**6)
+    limit = Free(10**5, 10**6, "memory.max")  # of a container; the machine has more
+    monkeypatch.setattr("metal_marlin.fit.cgroup_memory", lambda: limit)
     with pytest.raises(ValueError, match="of memory here"):
         convert(small, tmp_path / "out2")
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(small, tmp_path):
+    """As `quantize ... | head -1`: the work goes on, where a broken pipe ends other commands, with status 0."""
+    script = (
+        "import sys, metal_marlin.quantize as q, metal_marlin.__main__ as m\n"
+        "def run(*a, say, **k):\n"
+        "    sys.stdin.read()\n"
+        "    for i in range(3): say('line')\n"
+        "    open(sys.argv[2], 'w').write('done')\n"
+        "q.quantize = run\n"
+        "sys.exit(m.main(['quantize', sys.argv[1], sys.argv[2]]))\n"
+    )
+    command = [sys.executable, "-c", script, str(small), str(tmp_path / "out")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=Path(__file__).parent.parent, **pipes) as process:
+        assert process.stdout is not None
+        assert b"codebook" in process.stdout.readline()
+        process.stdout.close()
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.stderr is not None
+        errors = process.stderr.read()
+    assert process.returncode == 0, errors.decode()
+    assert (tmp_path / "out").read_text() == "done"
 
 
 def test_command_line_errors(small, tmp_path, capsys):
@@ -597,6 +835,7 @@ def test_command_line_errors(small, tmp_path, capsys):
         (["nowhere", "x"], "nowhere is not a directory"),
         ([str(small), "x", "--calibration", "nowhere"], "nowhere is not a file"),
         ([str(small), "x", "--bits", "9"], "bits is 9"),
+        ([str(small), "x", "--bits", "3", "--recipe", "y"], "--bits 3 and --recipe"),
         ([str(small), str(small)], "isn't an empty folder"),
     ):
         assert main(["quantize", *arguments]) == 2

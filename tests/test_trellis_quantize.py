@@ -237,6 +237,13 @@ def test_schema_and_fake_kernel(rng: np.random.Generator) -> None:
     torch.library.opcheck(ops.trellis_quantize, args, test_utils=("test_schema", "test_faketensor"))
 
 
+def test_a_gradient_is_refused(rng: np.random.Generator) -> None:
+    tiles = gaussian(rng, 1, 16, "mul1").requires_grad_()
+    values = ops.trellis_quantize(tiles, 16, "mul1")[1]
+    with pytest.raises(RuntimeError, match="trellis_quantize is not differentiable"):
+        values.sum().backward()
+
+
 def spoiled(value: float) -> torch.Tensor:
     tiles = torch.zeros(2, 3, 16, 16)
     tiles[1, 1, 5, 7] = value

@@ -26,6 +26,8 @@ COLUMN_CHUNK_BYTES = 2**28  # of one float32 working matrix in the feedback loop
 RIDGE = 0.03  # added to M's diagonal, as a share of its mean
 BALANCE = 0.25  # how much of the inputs' sizes goes into suh; 0: none, each row of What gets the same variance
 SAMPLE_TILES = 12  # of each matrix, to find its scale
+DEAD = 1e-7  # a channel whose weights are smaller than this share of the mean channel's is as good as zero
+TINY = 1e-12  # so is one whose weights are smaller than this: two float16 scales reach no further
 SPREAD = 0.12  # the scale is sought in this range around the Gaussian optimum
 
 # Mean squared error per variance of a Gaussian source, and the standard deviation at which it is best, by 2 * bits.
@@ -142,24 +144,24 @@ def quantize_matrices(
     # output channels: equal column sizes; a dead channel is exactly zero, whatever its codes say
     size = weights.square().mean(1).sqrt()  # [B, n]
     mean = size.mean(1, keepdim=True)
-    alive = size > 1e-7 * mean.clamp_min(1e-30)
+    alive = size > (DEAD * mean).clamp_min(TINY)
     svh = signs[:, k:] * torch.where(alive, size / mean.clamp_min(1e-30), 0.1)
     w = rotate_rows(torch.where(alive, 1.0, 0.0).unsqueeze(1) * weights / svh.unsqueeze(1))
     # input channels
     rows = w.square().mean(2).sqrt()  # [B, k]
-    used = rows > 0
+    used = rows > DEAD * rows.mean(1, keepdim=True)  # scales of what is smaller would not fit float16 beside the others
     typical = rows.sum(1, keepdim=True) / used.sum(1, keepdim=True).clamp_min(1)
     rows = torch.where(used, rows, torch.where(typical > 0, 0.1 * typical, 1.0))
     suh = rows
     if m is not None:
         input_size = torch.diagonal(m, dim1=1, dim2=2).sqrt()  # [B, k]
         suh = rows * (rows * input_size / (rows * input_size).log().mean(1, keepdim=True).exp()).pow(-BALANCE)
-    source = (w / suh.unsqueeze(2)).square().mean((1, 2)).sqrt().clamp_min(1e-30)  # RMS per unit of suh
+    source = (w / suh.unsqueeze(2)).square().mean((1, 2)).sqrt()  # RMS per unit of suh
     target = BEST_RMS[codebook][rate2]
-    suh = suh * (source / target).unsqueeze(1)
+    suh = suh * torch.where(source > 0, source / target, 1.0).unsqueeze(1)
     shift = _shift(suh)
     svh, w = svh / shift, w * shift.unsqueeze(2)
-    suh = (suh * shift * signs[:, :k]).half().float()
+    suh = ((suh * shift).clamp_min(2.0**-24) * signs[:, :k]).half().float()
     factor = None if m is None else _feedback_of(m, suh)
     found = _scale(_rotated(w, suh), factor, rate2, codebook, search, tick)
     suh = (suh / found.unsqueeze(1)).half().float()
@@ -201,9 +203,10 @@ def _regularized(moments: Tensor | None, k: int) -> Tensor | None:
 
 
 def _shift(suh: Tensor) -> Tensor:
-    """[B, 1] the power of two that takes tiny scales to where float16 has all its bits; svh makes up for it."""
-    smallest = suh.amin(1, keepdim=True).clamp_min(1e-30)
-    return torch.exp2((-13 - smallest.log2()).ceil().clamp(0, 24))
+    """[B, 1] the power of two that takes tiny scales to where float16 has all its bits, and large ones below its
+    largest number; svh makes up for it."""
+    up = (-13 - suh.amin(1, keepdim=True).log2()).ceil().clamp(0, 24)
+    return torch.exp2(torch.minimum(up, (14 - suh.amax(1, keepdim=True).log2()).floor()))
 
 
 def _rotated(w: Tensor, suh: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def from_recipe(source: Source, recipe: dict[str, Any], codebook: str, head_bits
     ValueError: malformed, a rate that the codebook lacks, a pattern without groups, a group without a rate.
     """
     patterns = recipe.get("rates")
-    if not isinstance(patterns, dict) or not all(isinstance(bits, (int, float)) for bits in patterns.values()):
+    if not isinstance(patterns, dict) or not all(type(bits) in (int, float) for bits in patterns.values()):
         raise ValueError(f"recipe: rates is {patterns!r}; expected a table of group or pattern and bits")
     groups = groups_of(source)
     rates = {HEAD: round(2 * head_bits)} if HEAD in groups else {}
@@ -105,9 +105,7 @@ def allocate(
 
 
 @torch.no_grad()
-def measure(
-    source: Source, rows: Tensor, codebook: str, bits: float, say: Callable[[str], None] = lambda line: None
-) -> dict[str, float]:
+def measure(source: Source, rows: Tensor, codebook: str, bits: float) -> dict[str, float]:
     """{group: squared error of its layer's output, relative to that output, per unit of distortion}.
 
     A few calibration rows go through the unquantized model. In each layer every group in turn goes through the whole
@@ -126,7 +124,7 @@ def measure(
         for matrix in part.everything():
             found.setdefault(matrix.group, []).append(matrix)
         for group, matrices in found.items():
-            kept = [state.get(matrix).clone() for matrix in matrices]
+            kept = [state.get(matrix) for matrix in matrices]
             for matrix, weight in zip(matrices, kept, strict=True):
                 padded = torch.zeros(1, matrix.k, matrix.n)
                 padded[0, : matrix.in_features, : matrix.out_features] = weight
@@ -139,7 +137,6 @@ def measure(
             result[group] = float(change.mean()) / DISTORTION[rate2]
             for matrix, weight in zip(matrices, kept, strict=True):
                 state.put(matrix, weight)
-        say(f"{part.name}: " + ", ".join(f"{g.removeprefix(part.path)} {result[g]:.3g}" for g in found))
         state.state = before
         state.unload(part)
     return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
+import math
 import shutil
 import sys
 import time
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from metal_marlin import _C, ops
 from metal_marlin._version import __version__
+from metal_marlin.fit import free_memory
 from metal_marlin.perplexity import cut_windows, token_ids
 from metal_marlin.quantize import rates as allocation
 from metal_marlin.quantize.calibrate import Calibration, ExpertsStandIn, Routed
@@ -90,7 +91,8 @@ def quantize(
     An interrupted run is taken up by the same call. ValueError: input, options or folders that don't fit. OSError: the
     disk; nothing that was finished is lost.
     """
-    return _Run(Path(directory), Path(out), options.check(), text, recipe, search, say).run()
+    out = Path(out).resolve()  # the folder that a link leads to: what gets its name must lie beside it
+    return _Run(Path(directory), out, options.check(), text, recipe, search, say).run()
 
 
 class _Run:
@@ -147,11 +149,16 @@ class _Run:
         tokenizer = AutoTokenizer.from_pretrained(
             str(self.source.directory), local_files_only=True, trust_remote_code=False
         )
-        if not text.strip():
+        if not text.strip("\0 \t\r\n"):
             raise ValueError("the calibration text is empty; expected some hundred kilobytes like what it will read")
         ids = token_ids(
             text, lambda part: tokenizer.encode(part, add_special_tokens=False, verbose=False), tokenizer.eos_token_id
         )  # fmt: skip
+        if len(set(ids)) <= 2:  # end of text and unknown: transformers makes an empty tokenizer where there is none
+            raise ValueError(
+                f"{self.source.directory}: its tokenizer makes {len(set(ids))} different tokens of the calibration"
+                " text; expected the model's tokenizer files there, and a text of more than one word"
+            )
         limit = getattr(self.source.config, "max_position_embeddings", None) or self.options.length
         windows = cut_windows(ids, min(self.options.length, limit, max(2, len(ids))))
         if int(windows.max()) >= self.source.config.vocab_size:
@@ -195,7 +202,7 @@ class _Run:
             raise OSError(f"{work.folder}: {free / 1e9:.2f} GB are free; expected at least {need / 1e9:.2f} GB")
 
     def _check_memory(self) -> None:
-        need, total = self._memory(), _total_memory()
+        need, total = self._memory(), free_memory().total
         if need > total:
             raise ValueError(
                 f"this model needs about {need / 1e9:.1f} GB of memory here, and there are {total / 1e9:.1f} GB;"
@@ -243,7 +250,7 @@ class _Run:
         if not facts:
             return
         errors = torch.tensor([fact["proxy"] for fact in facts.values()])
-        few = sum(fact.get("tokens", 10**9) < 2 * fact["k"] for fact in facts.values())
+        few = sum(fact.get("tokens", math.inf) < MIN_TOKENS * fact["k"] for fact in facts.values())
         line = f"{part.name:<9} error {errors.mean():.4f} (worst {errors.max():.4f}), {time.monotonic() - began:.0f} s"
         if few:
             line += f"; {few} matrices of experts with few tokens: helped out with those of the layer"
@@ -385,10 +392,3 @@ class _Run:
 
 def _number(bits: float) -> float | int:
     return int(bits) if bits == int(bits) else bits
-
-
-def _total_memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return 2**62

@@ -38,6 +38,7 @@ FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # linear layers that exllamav3 keeps in float16: routers, and projections too narrow for blocks of 128
 KEPT = ("gate", "router", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba")
 HEAD = "lm_head"
+ExpertFiles = dict[tuple[int, str], tuple[str, str]]  # see Source._find
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Matrix:
 
     name    as the output calls it: model.layers.3.mlp.experts.17.up_proj
     group   what shares a rate: model.layers.3.mlp.experts.gate_up
-    tensor  where it is in the input: the name of a tensor, and what to take of it ("", or of a fused one, "e.gate")
+    tensor  where it is in the input, and in `part` what to take of that: "", or of a fused one such as "3.gate_proj"
     """
 
     name: str
@@ -88,9 +89,6 @@ class Experts:
     path: str
     shape: ExpertsShape
     matrices: dict[tuple[int, str], Matrix] = field(default_factory=dict)
-
-    def projection(self, name: str) -> list[Matrix]:
-        return [self.matrices[e, name] for e in range(self.shape.experts)]
 
 
 @dataclass
@@ -172,9 +170,11 @@ class Source:
 
     # ------------------------------------------------------------------ weights
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor as stored. ValueError names it if it isn't finite."""
+    def tensor(self, name: str, expert: int | None = None) -> Tensor:
+        """One tensor as stored, or what a fused one has of one expert. ValueError names it if it isn't finite."""
         value = self.checkpoint.tensor(name)
+        if expert is not None:
+            name, value = f"{name}[{expert}]", value[expert]
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())
             raise ValueError(f"{name}: holds {bad} NaN or infinite values of {value.numel()}; expected finite weights")
@@ -182,10 +182,9 @@ class Source:
 
     def weight(self, matrix: Matrix) -> Tensor:
         """W of one matrix, float32 [in_features, out_features]."""
-        value = self.tensor(matrix.tensor)
-        if matrix.part:
-            e, what = matrix.part.split(".")
-            value = value[int(e)]
+        e, _, what = matrix.part.partition(".")
+        value = self.tensor(matrix.tensor, int(e) if what else None)
+        if what:
             transposed = value.shape[0] == matrix.in_features and self._transposed(matrix)
             value = value if transposed else value.T
             if what != "down_proj":
@@ -209,14 +208,11 @@ class Source:
         """Float16 [n], padded with zeros, or None."""
         if matrix.bias is None:
             return None
-        value = self.tensor(matrix.bias)
-        if matrix.part:
-            e, what = matrix.part.split(".")
-            value = value[int(e)]
-            if what != "down_proj":
-                value = value[(0 if what == "gate_proj" else 1) :: 2] if self._interleaved(matrix) else (
-                    value.chunk(2)[0 if what == "gate_proj" else 1]
-                )  # fmt: skip
+        e, _, what = matrix.part.partition(".")
+        value = self.tensor(matrix.bias, int(e) if what else None)
+        if what and what != "down_proj":
+            up = what == "up_proj"
+            value = value[up::2] if self._interleaved(matrix) else value.chunk(2)[up]
         padded = torch.zeros(matrix.n, dtype=torch.float16)
         padded[: matrix.out_features] = to_half(value, matrix.bias)
         return padded
@@ -241,17 +237,13 @@ class Source:
 
     # ------------------------------------------------------------------ names
 
-    def _make_parts(self, count: int) -> list[Part]:
-        parts = [Part("before"), *(Part(f"layer {i}", f"{self.layers_path}.{i}") for i in range(count)), Part("after")]
-        by_path = {part.path: part for part in parts[1:-1]}
-        conversions = get_model_conversion_mapping(self.model)
-        expected: dict[str, Any] = self.model.state_dict()
-        renamed = _renamer(self.model, conversions, {})
-        ignored, tied = _ignored(self.model), dict(getattr(self.model, "all_tied_weights_keys", None) or {})
-        problems: list[str] = []
-        found: dict[str, str] = {}  # path of a parameter: name in the file
-        stacks: dict[str, Experts] = {}
-        separate: dict[str, dict[tuple[int, str], tuple[str, str]]] = {}
+    def _find(self, expected: dict[str, Any]) -> tuple[dict[str, str], dict[str, ExpertFiles], list[str]]:
+        """Where the files' tensors belong: {key of `expected`: name in a file}, of experts that are stored one by one
+        {path: {(expert, "down_proj.weight"): (name, its prefix)}}, and what is wrong with them."""
+        renamed = _renamer(self.model, get_model_conversion_mapping(self.model), {})
+        ignored, problems = _ignored(self.model), list[str]()
+        found: dict[str, str] = {}
+        separate: dict[str, ExpertFiles] = {}
         for name in sorted(self.checkpoint.tensors, key=dot_natural_key):
             prefix, _, leaf = name.rpartition(".")
             path = renamed(f"{prefix}.trellis")[0].removesuffix(".trellis")
@@ -278,6 +270,15 @@ class Source:
                 problems.append(f"{name}: has shape {list(info.shape)}; expected {list(expected[key].shape)}")
             elif expected[key].is_floating_point() and info.dtype not in FLOATS:
                 problems.append(f"{name}: is {info.dtype}; expected {', '.join(FLOATS)}")
+        return found, separate, problems
+
+    def _make_parts(self, count: int) -> list[Part]:
+        parts = [Part("before"), *(Part(f"layer {i}", f"{self.layers_path}.{i}") for i in range(count)), Part("after")]
+        by_path = {part.path: part for part in parts[1:-1]}
+        expected: dict[str, Any] = self.model.state_dict()
+        tied = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+        found, separate, problems = self._find(expected)
+        stacks: dict[str, Experts] = {}
         done: set[str] = set()
         for path, module in self.modules.items():
             part = next((by_path[p] for p in by_path if path == p or path.startswith(f"{p}.")), None)
@@ -301,7 +302,7 @@ class Source:
                     own, path, self._group(path), stored, "", module.in_features, module.out_features, bias
                 )  # fmt: skip
                 (parts[-1] if part is None else part).matrices.append(matrix)
-                done |= {weight, f"{path}.bias"}
+                done |= {weight, f"{path}.bias"} if bias else {weight}
         for key, name in found.items():
             if key in done:
                 continue
@@ -339,7 +340,7 @@ class Source:
     def _place_experts(
         self,
         experts: Experts,
-        files: dict[tuple[int, str], tuple[str, str]],
+        files: ExpertFiles,
         found: dict[str, str],
         done: set[str],
     ) -> list[str]:
@@ -357,6 +358,8 @@ class Source:
                     tensor, prefix = files.pop((e, f"{own}.weight"))
                     bias = files.pop((e, f"{own}.bias"), (None,))[0]
                     matrix = Matrix(prefix, path, group, tensor, "", *sizes, bias)
+                    if shape.bias != (bias is not None):
+                        problems.append(f"{prefix}.bias: is {'missing' if shape.bias else 'extra'}")
                     if self.checkpoint.tensors[tensor].shape != (sizes[1], sizes[0]):
                         actual = list(self.checkpoint.tensors[tensor].shape)
                         problems.append(f"{tensor}: has shape {actual}; expected {[sizes[1], sizes[0]]}")
@@ -364,6 +367,8 @@ class Source:
                         problems.append(f"{tensor}: is {self.checkpoint.tensors[tensor].dtype}; expected a float")
                 elif fused in found:
                     done |= {fused, f"{fused}_bias"}
+                    if e == 0 and shape.bias and f"{fused}_bias" not in found:
+                        problems.append(f"{fused}_bias: is missing; {type(self.modules[path]).__name__} needs it")
                     root = found[fused].rpartition(".")[0]
                     matrix = Matrix(
                         f"{root}.{e}.{projection}", path, group, found[fused], f"{e}.{projection}", *sizes,

@@ -48,26 +48,33 @@ class Work:
         existed = self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.folder / LOCK)
+        try:
+            self._take_up(existed)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _take_up(self, existed: bool) -> None:
+        """Reads the manifest of an interrupted run. ValueError: it is another run's, or none."""
         file = self.folder / MANIFEST
         if file.is_file():
             found = parse_json(file, file.read_bytes())
-            before = found.get("identity", {})
-            differing = [key for key in {**before, **self.identity} if before.get(key) != self.identity.get(key)]
+            if not isinstance(found, dict) or found.keys() != self.manifest.keys():
+                raise ValueError(f"{file}: isn't what an interrupted run writes; expected its manifest, or no folder")
+            before, now = found["identity"], self.identity
+            differing = sorted(key for key in {**before, **now} if before.get(key) != now.get(key))
             if differing:
-                now = self.identity
-                changes = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted(differing))
-                self.close()
+                changes = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differing)
                 raise ValueError(
                     f"{self.folder} holds an interrupted run with other settings ({changes}): finish it with those, or"
                     " delete the folder"
                 )
             self.manifest = found
-        elif existed and any(path.name != LOCK for path in self.folder.iterdir()):
-            self.close()
+        elif existed and any(path.name not in (LOCK, f"{MANIFEST}.tmp") for path in self.folder.iterdir()):
             raise ValueError(f"{self.folder} exists and has no {MANIFEST}; expected an interrupted run, or nothing")
         for leftover in self.folder.glob("*.tmp"):
             leftover.unlink()
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -103,10 +110,7 @@ class Work:
         except Exception as error:  # safetensors has its own class for a full disk
             temporary.unlink(missing_ok=True)
             if isinstance(error, OSError) or "error" in type(error).__name__.lower():
-                raise OSError(
-                    f"{file}: can't be written: {error}. Finished layers are kept in {self.folder}: the same command"
-                    " goes on from there"
-                ) from error
+                raise _unwritten(file, error) from error
             raise
         storage = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
         self.manifest["files"][file.name] = {"size": file.stat().st_size, "tensors": storage, "facts": facts}
@@ -142,7 +146,10 @@ class Work:
         for pattern in TOKENIZER:
             for file in source.glob(pattern):
                 if file.is_file():
-                    shutil.copyfile(file, self.folder / file.name)
+                    try:
+                        shutil.copyfile(file, self.folder / file.name)
+                    except OSError as error:
+                        raise _unwritten(self.folder / file.name, error) from error
         _write(self.folder / INDEX_FILE, index_text)
         _write(self.folder / REPORT_FILE, json.dumps(report, indent=1))
         _write(
@@ -159,10 +166,14 @@ class Work:
 
 
 def check_free(out: Path) -> None:
-    """ValueError unless `out` is absent, or an empty folder."""
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists() or out.is_symlink():
+    """ValueError unless `out`, a resolved path, is absent or an empty folder that another can take the place of."""
+    if (out / LOCK).is_file() and (out / REPORT_FILE).is_file():  # killed between finish()'s last steps
+        for name in (MANIFEST, LOCK):
+            (out / name).unlink(missing_ok=True)
+        raise ValueError(f"{out} is whole: the run that made it was ended after its last layer; nothing is left to do")
+    if out.is_mount():
+        raise ValueError(f"{out} is a mount point, which no folder can take the place of; expected a name inside it")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and isn't an empty folder; expected a name that is free")
 
 
@@ -174,23 +185,37 @@ def _product(shape: list[int]) -> int:
 
 
 def _locked(file: Path) -> Any:
-    """The lock file, held until it is closed or the process ends. ValueError if another process has it."""
+    """The lock file, held until it is closed or the process ends. ValueError if another process has it, OSError if the
+    file system has no locks."""
     import fcntl
 
     stream = file.open("a")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         stream.close()
         raise ValueError(f"{file.parent} is in use by another process; expected none") from None
+    except OSError as error:
+        stream.close()
+        raise OSError(f"{file}: can't be locked: {error}; expected a file system with locks") from error
     return stream
 
 
 def _write(file: Path, text: str) -> None:
     temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        os.replace(temporary, file)
+    except OSError as error:
+        raise _unwritten(file, error) from error
+
+
+def _unwritten(file: Path, error: Exception) -> OSError:
+    return OSError(
+        f"{file}: can't be written: {error}. Finished layers are kept in {file.parent}: the same command goes on from"
+        " there"
+    )
 
 
 def _umask() -> int:
