@@ -67,6 +67,15 @@ class MappedFiles:
         """`count` elements from the byte `place` on, as they are. ValueError: beyond the files."""
         return torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=place)
 
+    def gpu_window(self, begin: int, end: int, device: torch.device | str) -> tuple[Tensor, int]:
+        """Bytes `begin` to `end`, of one file, on the GPU: (int16 [elements], read only; the byte at which it begins).
+
+        Not a copy, and valid on its own. It begins and ends with pages. RuntimeError: Metal or torch has no such thing.
+        """
+        number, place, _ = _C.map_window(self._map, begin, end)
+        tensor: Tensor = torch.ops.metal_marlin.mapped_window(torch.empty(0, device=device), number)
+        return tensor, place
+
     def check(self) -> None:
         """OSError if a file has changed since it was mapped. Reading beyond the end of one would end the process."""
         _C.map_check(self._map)

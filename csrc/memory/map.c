@@ -160,3 +160,17 @@ bool mm_map_populate(const struct mm_map *map, size_t begin, size_t bytes, struc
     }
     return true;
 }
+
+bool mm_map_part(const struct mm_map *map, size_t place, struct mm_part *part) {
+    size_t begin = 0;
+    for (int i = 0; i < map->count; i++) {
+        const struct mm_file *file = &map->files[i];
+        size_t bytes = (size_t)file->found.st_size;
+        if (place >= begin && place < begin + bytes) {
+            *part = (struct mm_part){file->descriptor, file->path, begin, begin + bytes};
+            return true;
+        }
+        begin += whole_pages(bytes);
+    }
+    return false;
+}
