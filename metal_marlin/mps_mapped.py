@@ -54,6 +54,14 @@ def problem() -> str | None:
     return _C.map_window_problem()
 
 
+def status() -> str:
+    """What `info` says of weights on the GPU."""
+    reason = problem()
+    if reason:
+        return f"one copy: {reason}"
+    return f"the same for packed tiles, by device_map; else one copy. {REPACK}"
+
+
 class GpuTiles:
     """Tiles of a mapped checkpoint on the GPU.
 
