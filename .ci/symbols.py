@@ -26,8 +26,8 @@ WHEELS = ROOT / "build" / "symbols"
 VERSIONS = ("2.10.0", "2.13.0", "2.15.0")  # our floor, the version that the tests run with, the newest
 PLATFORMS = ("macosx_11_0_arm64", "macosx_14_0_arm64")  # what torch 2.10 and later ones ask for
 LIBRARY = "torch/lib/libtorch_cpu.dylib"  # where csrc/module.c looks
-# torch_from_blob asks the device's hooks on which device its memory is, and the base class's answer is an error: without
-# at::mps::MPSHooks' own, it would make no tensor of a Metal buffer (csrc/mps/window.c). Inside PyTorch, not exported.
+# torch_from_blob asks the device's hooks on which device its memory is, and the base class's answer is an error: only
+# with at::mps::MPSHooks' own it makes a tensor of a Metal buffer (csrc/mps/window.c). Inside PyTorch, not exported.
 DEVICE_OF_POINTER = "_ZNK2at3mps8MPSHooks16getDeviceFromPtrEPv"
 
 # Messages of ours that no PyTorch binary sends under that name, so nothing here vouches for their spelling.

@@ -7,7 +7,7 @@
 
 #include "metal.h"
 
-#ifndef EMU_WITHOUT_SET_BYTES /* as torch before 2.14, and before 2.11 too */
+#ifndef EMU_WITHOUT_SET_BYTES /* with it, this is torch 2.10 */
 
 void *emu_torch_find(const char *name);
 
