@@ -80,13 +80,14 @@ static void deallocate(struct block *block, void *pointer, mm_uinteger length) {
     if (unmap_once(block->pages)) free(block->pages);
 }
 
-/* ---- buffers that no tensor has yet ---- */
+/* ---- buffers: first in a list, then a tensor's ---- */
 
 struct waiting {
     struct waiting *next;
     int64_t number;
     mm_id buffer;
     int64_t bytes;
+    bool making; /* a tensor, of which nothing is known yet */
 };
 static struct waiting *waiting;
 static int64_t last_number;
@@ -172,12 +173,19 @@ int64_t mm_mps_window_open(const struct mm_map *map, size_t begin, size_t end, s
     return put(made);
 }
 
-/* On whatever thread drops the storage; no Python in here. */
-static void release(void *buffer, void *unused) {
-    (void)unused;
+static void release(struct waiting *owned) {
     void *pool = mm_metal_pool_open();
-    mm_metal_release(buffer);
+    mm_metal_release(owned->buffer);
     mm_metal_pool_close(pool);
+    free(owned);
+}
+
+/* The storage's deleter, on whatever thread drops it; no Python in here. A tensor that fails half made may call it or not, so then
+ * it does nothing. */
+static void drop(void *buffer, void *context) {
+    struct waiting *owned = context;
+    (void)buffer;
+    if (!owned->making) release(owned);
 }
 
 mm_tensor_handle mm_mps_window_tensor(int64_t number, int32_t device_index, const char **message) {
@@ -187,12 +195,13 @@ mm_tensor_handle mm_mps_window_tensor(int64_t number, int32_t device_index, cons
     *message = "window is not a number that map_window has just returned";
     if (!found) return NULL;
     int64_t count = found->bytes / 2, stride = 1;
-    *message = "PyTorch made no tensor of a Metal buffer; see standard error";
+    found->making = true;
     if (mm_mps.torch_from_blob(found->buffer, 1, &count, &stride, 0, mm_torch.aoti_torch_dtype_int16(), mm_mps_device_type(), device_index,
-                               &tensor, STRIDED, NULL, 0, release, NULL)) {
-        tensor = NULL;
-        release(found->buffer, NULL);
+                               &tensor, STRIDED, NULL, 0, drop, found)) {
+        *message = "PyTorch made no tensor of a Metal buffer; see standard error";
+        release(found);
+        return NULL;
     }
-    free(found);
+    found->making = false;
     return tensor;
 }

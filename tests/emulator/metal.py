@@ -38,6 +38,7 @@ def faults(**wanted: int | bool) -> Iterator[None]:
     error              command buffers end in an error, and do nothing
     stall              command buffers are scheduled, and start only when this is over
     max_buffer         maxBufferLength, in bytes; 0: 256 MiB
+    no_tensor          torch_from_blob fails; 2: after it has called the deleter
     handler_delay_us   completion handlers come this much after waitUntilCompleted has returned
     """
     library = _library()

@@ -43,6 +43,8 @@ EMU_EXPORT int32_t torch_from_blob(void *data, int64_t dim, const int64_t *sizes
     if (device_index > 0) return fail("the device's index is not that of the only GPU");
     if (!emu_objc_is(data, &emu_MTLBuffer, "torch_from_blob")) return 1;
     struct emu_buffer *buffer = data;
+    if (emu_faults.no_tensor > 1 && deleter) deleter(data, context); /* as if it failed after the storage was made */
+    if (emu_faults.no_tensor) return 1;
     int64_t span = 1 + offset;
     for (int64_t i = 0; i < dim; i++) span += (sizes[i] - 1) * strides[i];
     if ((uint64_t)span * element_size(dtype) > buffer->bytes) return fail("the tensor is larger than the buffer");
