@@ -26,6 +26,9 @@ WHEELS = ROOT / "build" / "symbols"
 VERSIONS = ("2.10.0", "2.13.0", "2.15.0")  # our floor, the version that the tests run with, the newest
 PLATFORMS = ("macosx_11_0_arm64", "macosx_14_0_arm64")  # what torch 2.10 and later ones ask for
 LIBRARY = "torch/lib/libtorch_cpu.dylib"  # where csrc/module.c looks
+# torch_from_blob asks the device's hooks on which device its memory is, and the base class's answer is an error: only
+# with at::mps::MPSHooks' own it makes a tensor of a Metal buffer (csrc/mps/window.c). Inside PyTorch, not exported.
+DEVICE_OF_POINTER = "_ZNK2at3mps8MPSHooks16getDeviceFromPtrEPv"
 
 # Messages of ours that no PyTorch binary sends under that name, so nothing here vouches for their spelling.
 # Compilers turn the first three into calls of the runtime.
@@ -126,6 +129,9 @@ def main() -> int:
         if missing:
             print(f"torch {release} for macOS lacks {missing}", file=sys.stderr)
         failed += len(missing)
+        if "torch_from_blob" in present and DEVICE_OF_POINTER not in set(map(c_name, binary.symbols)):
+            print(f"torch {release} for macOS lacks {DEVICE_OF_POINTER}, which torch_from_blob needs", file=sys.stderr)
+            failed += 1
     failed += check_metal(binaries)
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     here = {name for name, (first, mps) in symbols.items() if not mps and first <= version(torch.__version__)}

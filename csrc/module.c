@@ -11,6 +11,7 @@
 #include "metal_queue/types.h"
 #include "mm.h"
 #include "mps/mps.h"
+#include "mps/python.h"
 
 static const struct mm_kernels *levels[MM_MAX_CPU_LEVELS];
 static int level_count;
@@ -256,7 +257,8 @@ static int execute(PyObject *module) {
         }
         registered = true;
     }
-    return add_lists(module) && !PyModule_AddFunctions(module, mm_memory_methods) && mm_metal_add_types(module, PyModule_GetState(module)) &&
+    return add_lists(module) && !PyModule_AddFunctions(module, mm_memory_methods) &&
+                   !PyModule_AddFunctions(module, mm_mps_methods) && mm_metal_add_types(module, PyModule_GetState(module)) &&
                    !PyModule_AddIntConstant(module, "MAX_EXPERTS", MM_MAX_EXPERTS) &&
                    !PyModule_AddIntConstant(module, "MAX_TOP_K", MM_MAX_TOP_K) &&
                    !PyModule_AddIntConstant(module, "NO_EXPERT", MM_NO_EXPERT) &&

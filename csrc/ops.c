@@ -9,6 +9,7 @@
 #include "memory/memory.h"
 #include "mm.h"
 #include "mps/mps.h"
+#include "mps/window.h"
 #include "quantize/search.h"
 
 /* X(name, arguments, results) */
@@ -31,6 +32,7 @@
     X(dequantize, "Tensor trellis, Tensor suh, Tensor svh, str codebook, int in_features, int out_features",   \
       "Tensor")                                                                                                \
     X(trellis_quantize, "Tensor tiles, int rate2, str codebook", "(Tensor, Tensor)")                            \
+    X(mapped_window, "Tensor like, int window", "Tensor")                                                       \
     X(dispatch_kernel,                                                                                         \
       "str source, str name, Tensor(a!)[] tensors, int[] layout, int[] scalars, int[] grid, int[] group", "()")
 
@@ -837,6 +839,17 @@ static bool run_dispatch_kernel(struct mm_call *call) {
     }
     for (size_t i = 0; i < taken; i++) mm_torch.aoti_torch_delete_tensor_object(handles[i]);
     return done;
+}
+
+/* ---- mapped_window ---- */
+
+/* What _C.map_window has mapped, as a tensor. `like` only says where: on the MPS device. */
+static bool run_mapped_window(struct mm_call *call) {
+    enum { LIKE, WINDOW };
+    const char *message = NULL;
+    if (!on_mps(call)) return fail(call, "like is on the CPU; expected a tensor on the MPS device");
+    call->outputs[0] = mm_mps_window_tensor(call->arguments[WINDOW].integer, tensor_at(call, LIKE)->device_index, &message);
+    return call->outputs[0] || mps_done(call, message);
 }
 
 /* ---- registration ---- */

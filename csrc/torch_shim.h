@@ -93,6 +93,11 @@ typedef void (*mm_parallel_body)(int64_t begin, int64_t end, void *context);
  * 2.15 under the name that compilers give it, and takes and returns nothing. */
 #define MM_MPS_OPTIONAL_SYMBOLS(X)                                                                                     \
     X(void, _ZN5torch3mps6commitEv, (void), "2.7")                                                                     \
+    X(mm_torch_error, torch_from_blob,                                                                                 \
+      (void *data, int64_t dim, const int64_t *sizes, const int64_t *strides, int64_t storage_offset, int32_t dtype,   \
+       int32_t device_type, int32_t device_index, mm_tensor_handle *result, int32_t layout, const uint8_t *metadata,   \
+       int64_t metadata_size, void (*deleter)(void *data, void *context), void *context),                              \
+      "2.11")                                                                                                          \
     X(mm_torch_error, torch_mps_set_arg_bytes,                                                                         \
       (mm_metal_function function, unsigned slot, const void *bytes, uint64_t size), "2.14")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from metal_marlin import _C, mps
+from metal_marlin import _C, mps, mps_mapped
 from metal_marlin._version import __version__
 
 LEVEL_VARIABLE = "METAL_MARLIN_CPU"
@@ -41,7 +41,7 @@ def facts() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "mps": mps.facts(),
-        "weights": {"cpu": "mapped", "mps": "copied"},
+        "weights": {"cpu": "mapped", "mps": mps_mapped.status()},
         "codebooks": {name: [rate / 2 for rate in _C.RATES2[name]] for name in _C.CODEBOOKS},
         "activations": list(_C.ACTIVATIONS),
         "routers": list(_C.ROUTERS),
@@ -74,7 +74,8 @@ def info(arguments: argparse.Namespace) -> None:
         ("", f"this machine runs {', '.join(cpu['levels'])}; {override}"),
         ("Apple GPU", "active: tensors on mps" if gpu["active"] else f"not active: {gpu['reason']}"),
         ("", f"{gpu['status']}; python -m metal_marlin selftest checks them"),
-        ("weights", "on the CPU views of the mapped file; on an Apple GPU one copy (docs/memory.md)"),
+        ("weights", "on the CPU views of the mapped file (docs/memory.md)"),
+        ("", f"on an Apple GPU {found['weights']['mps']}"),
         *(
             ("codebooks" if i == 0 else "", f"{n:<5} at {rates(r)} bits")
             for i, (n, r) in enumerate(found["codebooks"].items())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import sys
@@ -54,9 +55,12 @@ def load(
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **options)
     cache_bytes = None if cache_gb is None else round(cache_gb * 1e9)
+    straight = device == "mps" and importlib.util.find_spec("accelerate") is not None  # device maps want it
+    if straight:  # where tiles can stay in the file (mps_mapped.py)
+        options["device_map"] = device
     with metal_marlin.hf.loading(cache_bytes=cache_bytes, check=check):
         model = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, **options)
-    if device == "mps" and check and model.config.to_dict().get("quantization_config"):
+    if device == "mps" and not straight and check and model.config.to_dict().get("quantization_config"):
         with Checkpoint(path) as checkpoint:
             metal_marlin.hf_memory.check_fit(checkpoint, model.config.to_dict(), model.dtype, gpu=True)
     return model.eval().to(device), tokenizer

@@ -43,8 +43,9 @@ from metal_marlin.hf_routers import fuse_routers
 from metal_marlin.hf_sharding import expert_group, set_plan, shard_experts
 from metal_marlin.mapping import MappedFiles
 from metal_marlin.mps import mps_problem
+from metal_marlin.mps_mapped import GpuTiles, device_type
 from metal_marlin.packed import TrellisStack
-from metal_marlin.safetensors_header import read_header
+from metal_marlin.safetensors_header import TensorInfo, read_header
 from metal_marlin.sharding import ExpertGroup
 from metal_marlin.trellis import MARKERS
 from metal_marlin.weights import Checkpoint
@@ -92,6 +93,7 @@ class Exl3Quantizer(HfQuantizer):
         self.group: ExpertGroup | None = None
         self.checkpoint: Checkpoint | None = None
         self.shares, self.cached = True, False
+        self.tiles: GpuTiles | None = None
         self.readahead: ReadAhead | None = None
         self.dtypes: dict[str, torch.dtype] = {}
         if not self.pre_quantized:
@@ -151,7 +153,8 @@ class Exl3Quantizer(HfQuantizer):
         self.group = expert_group(model.config)
         with torch.device("cpu"):
             checkpoint = _checkpoint(model.config, checkpoint_files, options.copy)
-            gpu = any(place is not None and torch.device(place).type != "cpu" for place in places)
+            types = {torch.device(place).type for place in places if place is not None}
+            gpu = bool(types - {"cpu"} | types & {device_type()})
             self.shares = not gpu and not options.copy
             check_fit(checkpoint, model.config.to_dict(), model.dtype, gpu, self.group.size if self.group else 1)
             self.checkpoint, self.cached = checkpoint, options.cache_bytes is not None
@@ -161,8 +164,13 @@ class Exl3Quantizer(HfQuantizer):
             try:
                 self.plan = make_plan(model, checkpoint, get_model_conversion_mapping(model))
                 foreign = self._share(model, checkpoint)
+                if device_type() in types and not options.copy:
+                    mixed = f"device_map names several kinds of devices, {', '.join(sorted(types))}"
+                    groups = self._tiles(checkpoint)
+                    self.tiles = GpuTiles(checkpoint.mapping, groups, device_type(), mixed if len(types) > 1 else None)
                 with torch.device("meta"):
-                    apply_plan(model, self.plan, checkpoint if self.shares else None)
+                    shared = checkpoint if self.shares or self.tiles is not None else None
+                    apply_plan(model, self.plan, shared, self.tiles)
                 fuse_routers(model)
                 check_load(model, checkpoint, self.plan, get_model_conversion_mapping(model))
             except BaseException:
@@ -197,6 +205,13 @@ class Exl3Quantizer(HfQuantizer):
             set_plan(model, self.plan.experts)
         return foreign
 
+    def _tiles(self, checkpoint: Checkpoint) -> dict[str, list[TensorInfo]]:
+        """The trellises of each module that is to hold one tensor of them, by its path."""
+        groups = {path: [group] for path, group in self.plan.linears.items()}
+        for path, layer in self.plan.experts.items():
+            groups |= {f"{path}.{projection}": layer.projection(projection) for projection in PROJECTIONS}
+        return {path: [checkpoint.tensors[g.names["trellis"]] for g in found] for path, found in groups.items()}
+
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return False
 
@@ -213,16 +228,20 @@ class Exl3Quantizer(HfQuantizer):
             tensor = checkpoint.linear(group.prefix)
             parts = {"trellis": tensor.trellis, "suh": tensor.suh, "svh": tensor.svh, "bias": tensor.bias}
             parts |= {marker: checkpoint.tensor(group.names[marker]) for marker in MARKERS if marker in group.names}
+            if self.tiles is not None and path in self.tiles:
+                parts["trellis"] = self.tiles.tensor(path).view(tensor.trellis.shape)
             state |= {f"{path}.{part}": value for part, value in parts.items() if value is not None}
         # A few stacks at a time: what goes to a GPU should not pile up here. The loader takes a stack's parts in turn.
-        stack_of = functools.lru_cache(4)(functools.partial(_stack, checkpoint, self.shares))
+        stack_of = functools.lru_cache(4)(functools.partial(_stack, checkpoint, self.shares, self.tiles))
         for path, layer in self.plan.experts.items():
             for projection in PROJECTIONS:
                 prefixes = tuple(group.prefix for group in layer.projection(projection))
-                stack = functools.partial(stack_of, prefixes)
+                name = f"{path}.{projection}"
+                in_place = self.tiles is not None and name in self.tiles
+                stack = functools.partial(stack_of, prefixes, name if in_place else None)
                 for part in ("trellis", "table", "suh", "svh", *(["bias"] if layer.shape.bias else [])):
                     make = functools.partial(_buffer, stack, part)
-                    state[f"{path}.{projection}.{part}"] = make() if self.shares else Later(make, part[0] in "sb")
+                    state[f"{name}.{part}"] = make() if self.shares else Later(make, part[0] in "sb")
         return state
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -230,7 +249,10 @@ class Exl3Quantizer(HfQuantizer):
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.dtype in HALVES and tensor.dtype != self.dtypes.get(name, tensor.dtype):
                 tensor.data = tensor.data.to(self.dtypes[name])
-        if self.checkpoint is not None and self.shares:
+        if self.tiles is not None:
+            model.metal_marlin_placement = placement = self.tiles.placement
+            logger.log(logging.WARNING if placement.copied else logging.INFO, "on %s, %s", model.device, placement)
+        if self.checkpoint is not None and (self.shares or (self.tiles is not None and self.tiles.placement.mapped)):
             mapping = self.checkpoint.mapping
             if self.cached:
                 model.metal_marlin_cache = install_cache(model, self.plan, self.checkpoint)
@@ -242,7 +264,7 @@ class Exl3Quantizer(HfQuantizer):
                 module.metal_marlin_files = FileCheck(mapping)
         if self.checkpoint is not None:
             self.checkpoint.check()  # what was copied or cast has been read by now
-        self.checkpoint = self.readahead = None
+        self.checkpoint = self.readahead = self.tiles = None
         if self.group:
             self.group.start()
         return model
@@ -331,9 +353,18 @@ class ReadAhead:
                     self._mapping.populate(at, min(at + self.STEP, end))
 
 
-def _stack(checkpoint: Checkpoint, shares: bool, prefixes: tuple[str, ...]) -> TrellisStack:
-    """The stack of the matrices with these names; back to back if it isn't to stay where it is."""
+def _stack(
+    checkpoint: Checkpoint, shares: bool, tiles: GpuTiles | None, prefixes: tuple[str, ...], placed: str | None
+) -> TrellisStack:
+    """The stack of the matrices with these names; back to back if it isn't to stay where it is.
+
+    placed  its name in `tiles`, if that is where its tiles are; the rest is on the CPU
+    """
     experts = [checkpoint.linear(prefix) for prefix in prefixes]
+    if tiles is not None and placed is not None:
+        stack = TrellisStack.from_experts(experts)
+        stack.trellis = tiles.tensor(placed)
+        return stack
     return TrellisStack.from_experts(experts if shares else [replace(expert, place=None) for expert in experts])
 
 

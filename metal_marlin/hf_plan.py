@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -114,10 +114,11 @@ def make_plan(model: Any, checkpoint: Checkpoint, conversions: Sequence[Any]) ->
     return plan
 
 
-def apply_plan(model: Any, plan: Plan, shared: Checkpoint | None = None) -> None:
+def apply_plan(model: Any, plan: Plan, shared: Checkpoint | None = None, placed: Container[str] | None = None) -> None:
     """Swaps the modules, on the device that the caller's context sets, and unties a quantized head.
 
     shared  the checkpoint whose memory the stacks of experts are to share, None for stacks of their own
+    placed  if not all of them are to share it: PATH.PROJECTION of those that are
     """
     for path, group in plan.linears.items():
         old = model.get_submodule(path)
@@ -130,7 +131,14 @@ def apply_plan(model: Any, plan: Plan, shared: Checkpoint | None = None) -> None
                 config.tie_word_embeddings = False
     for path, layer in plan.experts.items():
         shape, act = layer.shape, layer.shape.activation
-        gate, up, down = (_empty_stack(layer.projection(projection), shape.bias, shared) for projection in PROJECTIONS)
+        gate, up, down = (
+            _empty_stack(
+                layer.projection(projection),
+                shape.bias,
+                shared if placed is None or f"{path}.{projection}" in placed else None,
+            )
+            for projection in PROJECTIONS
+        )
         sizes, options = (shape.hidden, shape.intermediate), asdict(act)
         if layer.group is None:
             new = TrellisExperts(gate, up, down, *sizes, **options)

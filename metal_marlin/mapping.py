@@ -73,6 +73,15 @@ class MappedFiles:
         """`count` elements from the byte `place` on, as they are. ValueError: beyond the files."""
         return torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=place)
 
+    def gpu_window(self, begin: int, end: int, device: torch.device | str) -> tuple[Tensor, int]:
+        """Bytes `begin` to `end`, of one file, on the GPU: (int16 [elements], read only; the byte at which it begins).
+
+        Not a copy, and valid on its own. It begins and ends with pages. RuntimeError: Metal or torch has no such thing.
+        """
+        number, place, _ = _C.map_window(self._map, begin, end)
+        tensor: Tensor = torch.ops.metal_marlin.mapped_window(torch.empty(0, device=device), number)
+        return tensor, place
+
     def check(self, info: TensorInfo | None = None) -> None:
         """OSError if a file, or the one that a tensor lies in, has changed since it was mapped, or was too short when
         somebody read it: such reads are zeros (csrc/memory/guard.c), so whoever reads the mapping otherwise than

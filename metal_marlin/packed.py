@@ -31,6 +31,15 @@ class Packed(nn.Module):
         super()._apply(keep, recurse)
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any) -> None:
+        """Weights that a GPU sees in a file can't be written to: what is loaded goes to memory of the module's own."""
+        for name, old in self._buffers.items():
+            if old is None or old.is_meta or local_metadata.get("assign_to_params_buffers"):
+                continue
+            if f"{prefix}{name}" in state_dict and _C.map_window_holds(old.untyped_storage().data_ptr()):
+                self._buffers[name] = torch.empty_like(old)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
         """Copies what the buffers show, not all the memory that they are views of."""
         for buffer in self._buffers.values():

@@ -118,7 +118,9 @@ def test_every_message_is_sent_somewhere():
     header = (ROOT / "csrc" / "metal_queue" / "runtime.h").read_text().replace("\\\n", " ")
     (entries,) = re.findall(r"#define MM_METAL_MESSAGES\(X\)(.*)", header)
     names = re.findall(r'X\([^,]+,\s*(\w+),\s*"', entries)
-    code = "".join(path.read_text() for path in (ROOT / "csrc" / "metal_queue").glob("*.c"))
+    code = "".join(
+        path.read_text() for folder in ("metal_queue", "mps") for path in (ROOT / "csrc" / folder).glob("*.c")
+    )
     assert len(names) > 30
     assert [name for name in names if not re.search(rf"MM_(ASK|SEND)\({name},", code)] == []
 

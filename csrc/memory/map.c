@@ -206,3 +206,12 @@ bool mm_map_populate(const struct mm_map *map, size_t begin, size_t bytes, struc
     }
     return true;
 }
+
+bool mm_map_part(const struct mm_map *map, size_t place, struct mm_part *part) {
+    if (place >= map->bytes) return false;
+    int number = mm_map_file_at(map, place);
+    const struct mm_file *file = &map->files[number];
+    size_t begin = map->begins[number], end = begin + (size_t)file->found.st_size;
+    *part = (struct mm_part){file->descriptor, file->path, begin, end};
+    return place < end;
+}

@@ -48,6 +48,24 @@ void mm_maps_watch(void);
 bool mm_maps_same(const struct mm_span *spans, int count, struct mm_memory_problem *problem);
 /* Reads a range into memory in large pieces, so that its first use is no page fault each. */
 bool mm_map_populate(const struct mm_map *map, size_t begin, size_t bytes, struct mm_memory_problem *problem);
+/* The file at a byte of the mapping, and where in the mapping its bytes begin and end. False: none is there. */
+struct mm_part {
+    int descriptor;
+    const char *path;
+    size_t begin, end;
+};
+bool mm_map_part(const struct mm_map *map, size_t place, struct mm_part *part);
+
+/* ---- window.c: some pages of one mapped file, mapped once more, shared and read only: what a GPU is to see ---- */
+
+struct mm_window {
+    void *base;
+    size_t bytes; /* whole pages */
+    size_t place; /* of the first byte, in the mapping that it is a window of */
+};
+/* Of the pages that hold bytes [begin, end) of the mapping. It stands by itself: the mapping may be closed before it. */
+bool mm_window_open(const struct mm_map *map, size_t begin, size_t end, struct mm_window *window, struct mm_memory_problem *problem);
+void mm_window_close(const struct mm_window *window);
 
 /* ---- cache.c: groups of bytes of files ("items", an expert's matrices) in a bounded number of equal slots of memory ---- */
 

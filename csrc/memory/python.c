@@ -7,7 +7,7 @@
 
 #include "memory/memory.h"
 
-#define MAP_NAME "metal_marlin.map"
+#define MAP_NAME MM_MAP_CAPSULE
 #define CACHE_NAME "metal_marlin.cache"
 #define MOST_ITEMS 4096
 

@@ -4,6 +4,8 @@
 
 #include <Python.h>
 
+#define MM_MAP_CAPSULE "metal_marlin.map" /* of map_open: a struct mm_map */
+
 extern PyMethodDef mm_memory_methods[];
 
 #endif

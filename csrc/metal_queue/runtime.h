@@ -61,6 +61,8 @@ struct mm_metal_size { /* MTLSize; 24 bytes, so arm64 passes it by reference, wh
       (mm_id, mm_sel, mm_id source, mm_id options, mm_id * error))                                                         \
     X(mm_id, new_pipeline, "newComputePipelineStateWithFunction:error:", (mm_id, mm_sel, mm_id function, mm_id * error))   \
     X(mm_id, new_buffer, "newBufferWithLength:options:", (mm_id, mm_sel, mm_uinteger bytes, mm_uinteger options))          \
+    X(mm_id, new_buffer_over, "newBufferWithBytesNoCopy:length:options:deallocator:",                                      \
+      (mm_id, mm_sel, void *bytes, mm_uinteger length, mm_uinteger options, void *block))                                  \
     X(mm_id, new_queue, "newCommandQueueWithMaxCommandBufferCount:", (mm_id, mm_sel, mm_uinteger count))                   \
     X(mm_id, new_event, "newSharedEvent", (mm_id, mm_sel))                                                                 \
     /* MTLLibrary, MTLComputePipelineState, MTLBuffer */                                                                   \

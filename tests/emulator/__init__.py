@@ -131,7 +131,7 @@ def _compile(source: bytes, check: int, path: int, message: int, room: int) -> i
 def load(set_bytes: bool = True) -> ctypes.CDLL:
     """The runtime, loaded once for the process. Its `_name` is the path to dlopen for aoti_torch_mps_*.
 
-    set_bytes=False leaves torch_mps_set_arg_bytes out, as torch before 2.14 does; the first call decides.
+    set_bytes=False leaves torch_mps_set_arg_bytes and torch_from_blob out, as torch 2.10 does; the first call decides.
     """
     with _lock:
         if "library" not in _state:

@@ -32,10 +32,13 @@ def faults(**wanted: int | bool) -> Iterator[None]:
     """What goes wrong in a `with` block. ValueError for a name that is none.
 
     no_device, no_queue, no_buffer, no_event, no_commands, no_encoder   asking for one gives nil
+    no_buffer=2        the same, after the deallocator of newBufferWithBytesNoCopy: was called
     no_library, no_pipeline   compiling, making a pipeline gives nil and an NSError
     old_system         messages that came with macOS 12 are not known
     error              command buffers end in an error, and do nothing
     stall              command buffers are scheduled, and start only when this is over
+    max_buffer         maxBufferLength, in bytes; 0: 256 MiB
+    no_tensor          torch_from_blob fails; 2: after it has called the deleter
     handler_delay_us   completion handlers come this much after waitUntilCompleted has returned
     """
     library = _library()

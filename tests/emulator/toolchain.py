@@ -106,7 +106,7 @@ def _compiler_version() -> str:
 
 
 def runtime(set_bytes: bool = True) -> Path:
-    """The runtime as a shared library. set_bytes=False: as torch before 2.14, without torch_mps_set_arg_bytes."""
+    """The runtime as a shared library. set_bytes=False: as torch 2.10, without its later functions."""
     flags = [*RUNTIME_FLAGS, *([] if set_bytes else ["-DEMU_WITHOUT_SET_BYTES"])]
     key = _hash(_texts("runtime/*", "include/abi.h"), flags, _compiler_version())
     path = cache() / f"runtime-{key}.so"

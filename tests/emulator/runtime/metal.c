@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 struct emu_faults emu_faults;
 
@@ -51,6 +52,13 @@ static struct emu_class emu_MTLLibrary = {NULL, "MTLLibrary", library_methods, N
 
 static void buffer_dealloc(void *object) {
     struct emu_buffer *buffer = object;
+    if (buffer->foreign) {
+        if (buffer->deallocator) {
+            emu_block_call_deallocator(buffer->deallocator, buffer->memory, buffer->bytes);
+            emu_block_release(buffer->deallocator);
+        }
+        return;
+    }
     memset(buffer->memory, EMU_POISON, buffer->bytes); /* whoever still looks sees it */
     free(buffer->memory);
 }
@@ -111,7 +119,8 @@ static void *device_name(struct emu_objc *self) {
 }
 static bool device_unified(struct emu_objc *self) { return (void)self, true; }
 static uint64_t device_working_set(struct emu_objc *self) { return (void)self, 4ul * LARGEST_BUFFER; }
-static uint64_t device_max_buffer(struct emu_objc *self) { return (void)self, LARGEST_BUFFER; }
+static uint64_t largest_buffer(void) { return emu_faults.max_buffer ? (uint64_t)emu_faults.max_buffer : LARGEST_BUFFER; }
+static uint64_t device_max_buffer(struct emu_objc *self) { return (void)self, largest_buffer(); }
 
 static void *device_library(struct emu_objc *self, const char *selector, struct emu_string *source, void *options,
                             struct emu_error **error) {
@@ -147,7 +156,7 @@ static void *device_pipeline(struct emu_objc *self, const char *selector, struct
 
 static void *device_buffer(struct emu_objc *self, const char *selector, uint64_t bytes, uint64_t options) {
     (void)self, (void)selector;
-    if (!bytes || bytes > LARGEST_BUFFER) return report("newBufferWithLength: is outside of 1 to maxBufferLength"), NULL;
+    if (!bytes || bytes > largest_buffer()) return report("newBufferWithLength: is outside of 1 to maxBufferLength"), NULL;
     if (options) report("newBufferWithLength: has options; the emulator knows shared buffers only, 0");
     if (emu_faults.no_buffer) return NULL;
     struct emu_buffer *made = emu_objc_new(&emu_MTLBuffer, sizeof *made);
@@ -155,6 +164,50 @@ static void *device_buffer(struct emu_objc *self, const char *selector, uint64_t
     made->memory = aligned_alloc(PAGE, (bytes + PAGE - 1) / PAGE * PAGE);
     if (!made->memory) abort();
     memset(made->memory, EMU_POISON, bytes); /* Metal promises nothing of what is in it */
+    return made;
+}
+
+/* How the system maps [begin, begin + bytes): the permissions of the one region that covers it, "" if none does alone. */
+static void region_of(const char *begin, uint64_t bytes, char permissions[5]) {
+    FILE *maps = fopen("/proc/self/maps", "r");
+    char line[4500];
+    permissions[0] = 0;
+    while (maps && fgets(line, sizeof line, maps)) {
+        unsigned long first, last;
+        char found[5];
+        if (sscanf(line, "%lx-%lx %4s", &first, &last, found) == 3 && (uintptr_t)begin >= first && (uintptr_t)begin + bytes <= last)
+            memcpy(permissions, found, sizeof found);
+    }
+    if (maps) fclose(maps);
+}
+
+/* Memory of the caller's own. Apple: page-aligned, whole pages, one VM region. That the region be shared, or not writable, is
+ * what keeps macOS from copying a file's pages when they are first touched. */
+static void *device_buffer_over(struct emu_objc *self, const char *selector, char *memory, uint64_t bytes, uint64_t options,
+                                const void *deallocator) {
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    char permissions[5];
+    (void)self, (void)selector;
+    if (!bytes || bytes > largest_buffer()) return report("newBufferWithBytesNoCopy: is outside of 1 to maxBufferLength"), NULL;
+    if ((uintptr_t)memory % page || bytes % page) return report("newBufferWithBytesNoCopy: expected whole pages from a page's start"), NULL;
+    if (options) report("newBufferWithBytesNoCopy: has options; the emulator knows shared buffers only, 0");
+    region_of(memory, bytes, permissions);
+    if (!permissions[0]) return report("newBufferWithBytesNoCopy: the memory is not covered by a single VM region"), NULL;
+    if (permissions[0] != 'r') report("newBufferWithBytesNoCopy: the memory can't be read");
+    if (permissions[1] == 'w' && permissions[3] == 'p')
+        report("newBufferWithBytesNoCopy: the memory is private and writable: of a file's pages, macOS would make copies");
+    struct emu_block *kept = deallocator ? emu_block_copy_as(deallocator, "v24@?0^v8Q16") : NULL;
+    if (deallocator && !kept) return NULL;
+    if (emu_faults.no_buffer) {
+        if (kept && emu_faults.no_buffer > 1) emu_block_call_deallocator(kept, memory, bytes); /* Apple doesn't say that it won't */
+        if (kept) emu_block_release(kept);
+        return NULL;
+    }
+    struct emu_buffer *made = emu_objc_new(&emu_MTLBuffer, sizeof *made);
+    made->memory = memory;
+    made->bytes = bytes;
+    made->foreign = true;
+    made->deallocator = kept;
     return made;
 }
 
@@ -171,6 +224,7 @@ static const struct emu_method device_methods[] = {
     EMU_METHOD("newLibraryWithSource:options:error:", device_library),
     EMU_METHOD("newComputePipelineStateWithFunction:error:", device_pipeline),
     EMU_METHOD("newBufferWithLength:options:", device_buffer),
+    EMU_METHOD("newBufferWithBytesNoCopy:length:options:deallocator:", device_buffer_over),
     EMU_METHOD("newCommandQueueWithMaxCommandBufferCount:", emu_queue_make),
     EMU_METHOD("newSharedEvent", device_event),
     {NULL, NULL}};

@@ -9,7 +9,7 @@
 /* X(name): see faults() in metal.py for what each does. */
 #define EMU_FAULTS(X) \
     X(no_device) X(no_library) X(no_pipeline) X(no_buffer) X(no_queue) X(no_event) X(no_commands) X(no_encoder) X(old_system) \
-    X(error) X(stall) X(handler_delay_us)
+    X(error) X(stall) X(handler_delay_us) X(max_buffer) X(no_tensor)
 struct emu_faults {
 #define X(name) atomic_int name;
     EMU_FAULTS(X)
@@ -27,6 +27,8 @@ struct emu_buffer {
     struct emu_objc head;
     char *memory;
     uint64_t bytes;
+    bool foreign; /* somebody else's memory: the deallocator, if any, is told when nobody needs it any more */
+    struct emu_block *deallocator;
 };
 struct emu_event {
     struct emu_objc head;

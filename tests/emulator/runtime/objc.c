@@ -215,16 +215,20 @@ struct emu_block {
     } *descriptor;
 };
 
-struct emu_block *emu_block_copy(const void *pointer) {
+struct emu_block *emu_block_copy(const void *pointer) { return emu_block_copy_as(pointer, "v16@?0@8"); }
+
+struct emu_block *emu_block_copy_as(const void *pointer, const char *wanted) {
     const struct emu_block *block = pointer;
-    const char *wanted = "v16@?0@8";
     if (!block || (block->isa != _NSConcreteStackBlock && block->isa != _NSConcreteGlobalBlock) || !block->invoke ||
         !block->descriptor || block->descriptor->size < sizeof *block) {
         emu_report(true, "objc", 0, "a handler is no block: wrong isa, no function to call, or too small a size");
         return NULL;
     }
-    if (block->flags & HAS_SIGNATURE && strcmp(block->descriptor->signature, wanted))
-        emu_report(true, "objc", 0, "a handler's signature is %s; expected %s", block->descriptor->signature, wanted);
+    /* Without copy and dispose, the signature is where they would be. */
+    const char *signature = block->descriptor->signature;
+    if (!(block->flags & HAS_COPY_DISPOSE)) memcpy(&signature, &block->descriptor->copy, sizeof signature);
+    if (block->flags & HAS_SIGNATURE && strcmp(signature, wanted))
+        emu_report(true, "objc", 0, "a handler's signature is %s; expected %s", signature, wanted);
     bool global = block->isa == _NSConcreteGlobalBlock;
     if (global != ((block->flags & IS_GLOBAL) != 0))
         emu_report(true, "objc", 0, "a block's isa and its flags disagree on whether it is global");
@@ -239,6 +243,10 @@ struct emu_block *emu_block_copy(const void *pointer) {
 }
 
 void emu_block_call(struct emu_block *block, void *object) { block->invoke(block, object); }
+
+void emu_block_call_deallocator(struct emu_block *block, void *pointer, uint64_t length) {
+    ((void (*)(struct emu_block *, void *, uint64_t))block->invoke)(block, pointer, length);
+}
 
 void emu_block_release(struct emu_block *block) {
     if (!(block->flags & IS_GLOBAL) && block->flags & HAS_COPY_DISPOSE) block->descriptor->dispose(block);

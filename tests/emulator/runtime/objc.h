@@ -59,7 +59,9 @@ struct emu_error *emu_error_make(const char *domain, long code, const char *desc
 /* Blocks: kept as _Block_copy does, called with one object, let go as _Block_release does. */
 struct emu_block;
 struct emu_block *emu_block_copy(const void *block);
+struct emu_block *emu_block_copy_as(const void *block, const char *signature);
 void emu_block_call(struct emu_block *block, void *object);
+void emu_block_call_deallocator(struct emu_block *block, void *pointer, uint64_t length);
 void emu_block_release(struct emu_block *block);
 
 #endif

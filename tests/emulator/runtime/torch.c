@@ -41,11 +41,15 @@ static struct {
 static const char *missing;
 
 /* Python loads torch with local symbols: they are found in the library itself. */
-static void *find(const char *name) {
+void *emu_torch_find(const char *name) {
     static void *library;
     if (!library) library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
     void *symbol = library ? dlsym(library, name) : NULL;
-    if (!symbol) symbol = dlsym(RTLD_DEFAULT, name);
+    return symbol ? symbol : dlsym(RTLD_DEFAULT, name);
+}
+
+static void *find(const char *name) {
+    void *symbol = emu_torch_find(name);
     if (!symbol) missing = name;
     return symbol;
 }
