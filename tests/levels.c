@@ -335,23 +335,24 @@ static void hadamard(double *sum, double *absolute, const double *in) {
 }
 #define HADAMARD_ROUNDINGS 12 /* the scale, 7 additions, 4 butterflies (kernels.h, hadamard128) */
 
-/* The forms that rows travel in (cpu.h): "tiled" or "paired" inputs, and gradients spread to match, told apart by a row's length. */
-/* How a level lays out rotated rows and spread gradients (cpu.h): tiled, or paired in vectors of 8 lanes, of 16 for two tiles, or
- * of 16 that were converted together. */
-enum form { TILED, PAIRED, PAIRED_TWO, PAIRED_CONVERTED, FORMS };
+/* How a level lays out rotated rows and spread gradients (cpu.h): tiled, paired in vectors of 8 lanes, of 16 for two tiles, or
+ * of 16 that were converted together, or stepped. */
+enum form { TILED, PAIRED, PAIRED_TWO, PAIRED_CONVERTED, STEPPED, FORMS };
 
 static enum form form_of(const struct mm_kernels *level) {
     if (level->row_floats(MM_CODEBOOK_3INST) != BLOCK) return TILED;
+    if (!strncmp(level->name, "neon", 4)) return STEPPED;
     if (!strncmp(level->name, "avx512-fp16", 11)) return PAIRED_CONVERTED;
     return strncmp(level->name, "avx512", 6) ? PAIRED : PAIRED_TWO;
 }
 
 static int row_places(enum form form) { return form == TILED ? 2 * 16 : 16; }    /* of a tile */
-static int spread_places(enum form form) { return form == TILED ? 4 * 16 : 2 * 16; }
+static int spread_places(enum form form) { return form == TILED ? 4 * 16 : form == STEPPED ? 16 : 2 * 16; }
 
 /* Which row stands at a place of a rotated row. */
 static int row_of_place(enum form form, int place) {
     int tile = place / row_places(form), at = place % row_places(form), pair = at / 2;
+    if (form == STEPPED) return 16 * tile + MM_TILE_ROW(at / 4 * 8 + at % 4);
     return 16 * tile + (form == TILED ? MM_TILE_ROW(at) : 2 * (pair / 4) + (pair & 1) + 8 * (pair / 2 & 1) + 4 * (at & 1));
 }
 
@@ -361,6 +362,8 @@ static int column_of_place(enum form form, int place) {
     switch (form) {
     case TILED:
         return 16 * (place / 64) + MM_TILE_COLUMN(place % 64 / 8 * 32 + place % 8);
+    case STEPPED:
+        return place;
     case PAIRED_CONVERTED:
         return 32 * (place / 64) + 16 * (vector & 1) + 8 * (vector / 2) + lane / 2;
     default: /* a vector's halves are one tile each */
@@ -573,9 +576,11 @@ static void check_products(int codebook, int rate2) {
             }
         for (int l = 0; l < level_count; l++) {
             /* Of the product, of a sum, of joining the sums that run side by side: tiled, 4 over the inputs, 2 over the outputs;
-             * paired, 2 over each block of the inputs, 4 over the outputs. */
+             * paired, 2 over each block of the inputs, 4 over the outputs; stepped, none and 4. */
             enum form form = form_of(levels[l]);
-            int roundings = form != TILED ? (transposed ? N / 4 + 3 : BLOCK / 2 + K / BLOCK + 2) : (transposed ? N / 2 + 2 : K / 4 + 3);
+            int roundings = form == TILED     ? (transposed ? N / 2 + 2 : K / 4 + 3)
+                            : form == STEPPED ? (transposed ? N / 4 + 3 : BLOCK + K / BLOCK + 1)
+                                              : (transposed ? N / 4 + 3 : BLOCK / 2 + K / BLOCK + 2);
             for (int c = 0; c < (int)(sizeof counts / sizeof *counts); c++) {
                 if (!transposed && in_integers(levels[l], codebook)) continue;
                 memset(y, 0xFF, ROWS * BLOCK * sizeof *y);
@@ -715,7 +720,7 @@ static void check_linear(int codebook, int rate2) {
                         double value = (double)w[k * N + n + i];
                         if (in_integers(mm_cpu, codebook)) value = unrounded(value);
                         p[i] += value * h[k];
-                        error += fabs(value) * (h_error[k] + (BLOCK / 2 + K / BLOCK + 2) * U * fabs(h[k]));
+                        error += fabs(value) * (h_error[k] + ((form_of(mm_cpu) == STEPPED ? BLOCK : BLOCK / 2) + K / BLOCK + 2) * U * fabs(h[k]));
                     }
                     p_error += error * (double)MM_HADAMARD_SCALE;
                 }

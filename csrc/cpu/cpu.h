@@ -91,7 +91,9 @@ struct mm_kernels {
 const struct mm_kernels *mm_kernels_scalar(void);
 const struct mm_kernels *mm_kernels_neon(void);
 const struct mm_kernels *mm_kernels_avx2(void);
+const struct mm_kernels *mm_kernels_neon_fp16(void);
 const struct mm_kernels *mm_kernels_neon_int16(void);
+const struct mm_kernels *mm_kernels_neon_int8(void);
 const struct mm_kernels *mm_kernels_avx2_int16(void);
 const struct mm_kernels *mm_kernels_avx512(void);
 const struct mm_kernels *mm_kernels_avx512_fp16(void);
@@ -100,7 +102,7 @@ const struct mm_kernels *mm_kernels_avx512_fp16_int16(void);
 const struct mm_kernels *mm_kernels_avx512_int8(void);
 const struct mm_kernels *mm_kernels_avx512_fp16_int8(void);
 #define MM_CPU_LEVELS(X)                                                                      \
-    X(scalar) X(neon) X(avx2) X(avx512) X(avx512_fp16) X(neon_int16) X(avx2_int16) X(avx512_int16) \
+    X(scalar) X(neon) X(neon_fp16) X(avx2) X(avx512) X(avx512_fp16) X(neon_int16) X(neon_int8) X(avx2_int16) X(avx512_int16) \
     X(avx512_fp16_int16) X(avx512_int8) X(avx512_fp16_int8)
 
 extern const struct mm_kernels *mm_cpu; /* the active level; set once at import, and by tests */

@@ -12,7 +12,7 @@
  * lanes 2 c and 2 c + 1 have those columns' rows r and r + 4, r = {0, 1, 8, 9, 2, 3, 10, 11}: what a multiply-add of pairs sums.
  *
  * A level defines before:
- *   INT16_LEVEL                    its name
+ *   INT16_LEVEL                    its name; not needed where there is an INT8_LEVEL
  *   POSITIONS                      of a lane: 16 or 32
  *   MOST_ROWS                      rows multiplied at once, a power of two: how many sums the registers hold
  *   halves, sums32                 vectors of halfwords and of int32, on which + * work lane by lane; halves hold one tile or several
@@ -27,7 +27,8 @@
  * It may define INT8_LEVEL too, the name of a level that rounds inputs to 8 bits, by at most 1/254 of a block's largest, with
  *   add_byte_products(sums, s, q)  sums += s * q in dwords: unsigned bytes of s, signed bytes of q [4], which all dwords share
  * There a row on its own multiplies the bytes of the products themselves, without adding them first; several go on as above, and all
- * sums are the same integers. */
+ * sums are the same integers. Instead of add_byte_products it may define OWN_ROW8, a file with a row8_multiplier_of of its own, and
+ * REPEATS, how often a row for it has each input. */
 #include <math.h>
 
 #include "cpu/funnel.h"
@@ -83,6 +84,7 @@ INLINE void quantize(struct row16 *row, const vec8 *v, float limit) {
     row->offset = -CENTRE * total;
 }
 
+#ifdef INT16_LEVEL
 static int64_t row_floats_int16(int codebook) {
     return codebook == MM_CODEBOOK_MUL1 ? ROW16_FLOATS : row_floats(codebook);
 }
@@ -98,6 +100,7 @@ static void rotate_in_int16(float *row, const float *x, const uint16_t *suh, int
         quantize((struct row16 *)(void *)row, rotated, INT16_MAX);
     }
 }
+#endif
 
 /* The states of a tile, or of tiles side by side, and their products' halves, one after the other; rate2 is a constant when inlined. */
 #define FOR_PRODUCTS(j, low, high, tile, rate2, ...)                                                                                 \
@@ -210,6 +213,7 @@ static void multiply_integers(float *y, const struct mm_weight *weight, int64_t 
     }
 }
 
+#ifdef INT16_LEVEL
 static void multiply_int16(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
                            float *scratch) {
     if (weight->codebook == MM_CODEBOOK_MUL1)
@@ -227,14 +231,19 @@ static const struct mm_kernels kernels_int16 = {
     .multiply = multiply_int16,
     SHARED_KERNELS,
 };
+#endif
 
 /* ---- 8 bits ---- */
 
 #ifdef INT8_LEVEL
 
+#ifndef REPEATS
+#define REPEATS 2
+#endif
+
 struct row8 {
     struct row16 row;
-    int8_t repeated[2 * MM_HADAMARD]; /* each q twice: once for every byte of a halfword */
+    int8_t repeated[REPEATS * MM_HADAMARD]; /* each q twice: once for every byte of a halfword */
 };
 #define ROW8_FLOATS ((int64_t)(sizeof(struct row8) / sizeof(float)))
 _Static_assert(sizeof(struct row8) <= MM_MAX_ROW_FLOATS * sizeof(float), "cpu.h");
@@ -253,10 +262,13 @@ static void rotate_in_int8(float *row, const float *x, const uint16_t *suh, int6
         struct row8 *out = (struct row8 *)(void *)row;
         scale_rotate(rotated, x + i, suh + i, used - i);
         quantize(&out->row, rotated, INT8_MAX);
-        for (int at = 0; at < 2 * MM_HADAMARD; at++) out->repeated[at] = (int8_t)out->row.q[at / 2];
+        for (int at = 0; at < REPEATS * MM_HADAMARD; at++) out->repeated[at] = (int8_t)out->row.q[at / REPEATS];
     }
 }
 
+#ifdef OWN_ROW8
+#include OWN_ROW8
+#else
 /* y [16 TILES columns of 128] += one block of a row times TILES columns of 8 tiles, stride bytes apart; rate2 is a constant when inlined */
 INLINE void multiply_row8(float *y, const struct row8 *row, const uint8_t *tile, int64_t stride, int rate2) {
     const sums32 none = {0};
@@ -294,6 +306,7 @@ static row8_multiplier row8_multiplier_of(int rate2) {
     default: return 0;
     }
 }
+#endif
 
 static void multiply_int8(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
                           float *scratch) {
