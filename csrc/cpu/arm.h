@@ -1,6 +1,6 @@
 /* What an arm64 CPU has beyond Armv8.0, asked of the system when the module is loaded, and how to compile for it: functions between
- * BEGIN_TARGET(names) and END_TARGET are compiled for Armv8.2 and those whatever the build's
- * flags. They don't nest. */
+ * BEGIN_TARGET(names) and END_TARGET are compiled for Armv8.2 and those extensions, "+one+other", whatever the build's flags. They don't
+ * nest. */
 #include <stdbool.h>
 #include <stddef.h>
 #if defined(__linux__)
@@ -17,11 +17,6 @@
 #else
 #define BEGIN_TARGET(names) PRAGMA(GCC push_options) PRAGMA(GCC target("arch=armv8.2-a", names))
 #define END_TARGET PRAGMA(GCC pop_options)
-#endif
-#if defined(__clang__) && __clang_major__ < 16 /* LLVM's own names */
-#define TARGETS(gcc_names, llvm_names) llvm_names
-#else
-#define TARGETS(gcc_names, llvm_names) gcc_names
 #endif
 
 #if defined(__APPLE__)

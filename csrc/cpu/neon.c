@@ -1,5 +1,9 @@
 /* The NEON levels for every arm64 CPU: Armv8.0 has all that they use (neon.h). */
 #if defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
+#include <arm_neon.h>
+#include <stdbool.h>
+#include <string.h>
+
 #define LEVEL "neon"
 #define INT16_LEVEL "neon-int16"
 #include "cpu/neon.h"

@@ -1,12 +1,8 @@
 /* The body of the NEON levels: exact values in panels whose lanes are columns (columns.h), and mul1 in integers (int16.h). Included by a
- * level's file, which defines LEVEL, and may define
+ * level's file after <arm_neon.h>, whose functions have targets of their own. The file defines LEVEL, and may define
  *   HALF_ARITHMETIC     the CPU has arithmetic on binary16 (Armv8.2's FEAT_FP16)
  *   SHA3_TARGET         columns.h; its exclusive or of masked words is one instruction
  *   INT16_LEVEL, or INT8_LEVEL and OWN_ROW8    int16.h */
-#include <arm_neon.h>
-#include <stdbool.h>
-#include <string.h>
-
 #include "cpu/vector.h"
 
 #include "cpu/half.h"
@@ -54,8 +50,8 @@ INLINE void floats_of_halves(float32x4_t *out, halves values) {
 
 #ifdef HALF_ARITHMETIC
 
-/* The format's own arithmetic: two binary16 numbers added, or one multiply-add, rounded once. By hand, since older clangs' headers
- * have the intrinsics only where a whole file is compiled for them. */
+/* The format's own arithmetic: two binary16 numbers added, or one multiply-add, rounded once. By hand: zig 0.17's
+ * headers have intrinsics on binary16 only where a whole file is compiled for them. */
 INLINE void values_of_states(float32x4_t *out, halves states, uint32_t multiplier, uint32_t addend, int codebook, bool sha3) {
     uint32x4_t words[2];
     halves value;
