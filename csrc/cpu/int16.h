@@ -28,7 +28,7 @@
  *   add_byte_products(sums, s, q)  sums += s * q in dwords: unsigned bytes of s, signed bytes of q [4], which all dwords share
  * There a row on its own multiplies the bytes of the products themselves, without adding them first; several go on as above, and all
  * sums are the same integers. Instead of add_byte_products it may define OWN_ROW8, a file with a row8_multiplier_of of its own, and
- * REPEATS, how often a row for it has each input. */
+ * REPEATS, how often a row for it has each input. That file may define MANY_ROWS8 and multiply_rows8 for so many rows and more. */
 #include <math.h>
 
 #include "cpu/funnel.h"
@@ -314,6 +314,12 @@ static void multiply_int8(float *y, const struct mm_weight *weight, int64_t bloc
         multiply(y, weight, block, row, ld, rows, scratch);
         return;
     }
+#ifdef MANY_ROWS8
+    if (rows >= MANY_ROWS8) {
+        multiply_rows8(y, weight, block, row, ld, rows, scratch);
+        return;
+    }
+#endif
     if (rows != 1) {
         multiply_integers(y, weight, block, row, ld, rows, ROW8_FLOATS, scratch);
         return;

@@ -40,8 +40,12 @@ INLINE void multiply_states(uint32x4_t *words, halves states, uint32_t multiplie
     words[1] = vmulq_n_u32(vmovl_high_u16(states), multiplier);
 }
 
+INLINE halves byte_sums(const uint32x4_t *words) {
+    return vpaddq_u16(vpaddlq_u8(vreinterpretq_u8_u32(words[0])), vpaddlq_u8(vreinterpretq_u8_u32(words[1])));
+}
+
 /* Conversions from and to binary16 keep subnormals whatever FPCR's flush-to-zero bits, FZ and FZ16, say, and its sums here are never
- * subnormal: a sum of 3inst or mcg is a multiple of 2^-13, and one of mul1 no nearer to 0 than 0.0019. */
+ * subnormal: a sum of 3inst or mcg is a multiple of 2^-13, and one of mul1 no nearer to 0 than 0.0018. */
 INLINE void floats_of_halves(float32x4_t *out, halves values) {
     float16x8_t v = vreinterpretq_f16_u16(values);
     out[0] = vcvt_f32_f16(vget_low_f16(v));
@@ -57,7 +61,7 @@ INLINE void values_of_states(float32x4_t *out, halves states, uint32_t multiplie
     halves value;
     multiply_states(words, states, multiplier);
     if (codebook == MM_CODEBOOK_MUL1) { /* the bits 0x6400 + S are the number 1024 + S, S being at most 1020 */
-        halves sums = vpaddq_u16(vpaddlq_u8(vreinterpretq_u8_u32(words[0])), vpaddlq_u8(vreinterpretq_u8_u32(words[1])));
+        halves sums = byte_sums(words);
         const halves scale = vdupq_n_u16(mm_half_of_float(MM_MUL1_SCALE));
         value = vdupq_n_u16(mm_half_of_float(MM_MUL1_BIAS));
         __asm__("fmla %0.8h, %1.8h, %2.8h" : "+w"(value) : "w"(vaddq_u16(sums, vdupq_n_u16(0x6400))), "w"(scale));
@@ -84,7 +88,7 @@ INLINE void values_of_states(float32x4_t *out, halves states, uint32_t multiplie
     (void)sha3;
     multiply_states(words, states, multiplier);
     if (codebook == MM_CODEBOOK_MUL1) { /* the bits 0x6400 + S are the binary16 number 1024 + S, S being at most 1020 */
-        halves sums = vpaddq_u16(vpaddlq_u8(vreinterpretq_u8_u32(words[0])), vpaddlq_u8(vreinterpretq_u8_u32(words[1])));
+        halves sums = byte_sums(words);
         floats_of_halves(exact, vaddq_u16(sums, vdupq_n_u16(0x6400)));
         for (int i = 0; i < 2; i++) exact[i] = vfmaq_n_f32(vdupq_n_f32(MM_MUL1_BIAS), exact[i], MM_MUL1_SCALE);
     } else

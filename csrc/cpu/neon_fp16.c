@@ -12,7 +12,7 @@
 #define LEVEL "neon-fp16"
 #define INT8_LEVEL "neon-int8"
 #define OWN_ROW8 "cpu/row8_neon.h"
-#define REPEATS 4
+#define REPEATS 1
 #define HALF_ARITHMETIC
 #define LEVEL_TARGET "+fp16+dotprod"
 #define SHA3_TARGET "+fp16+dotprod+sha3"
