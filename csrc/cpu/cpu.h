@@ -52,7 +52,7 @@ struct mm_weight mm_stack_weight(const struct mm_stack *stack, int64_t expert);
 
 /* The kernels of one SIMD level. A rotated input row travels in a form of the level's own, row_floats(codebook) floats for
  * each 128 inputs: "tiled" (tiles.h), 4 groups of 4 values for each 16 inputs, in trellis order (rows 2q, 2q+1, 2q+8, 2q+9), each
- * written twice, since 8 trellis positions are 4 rows of 2 columns; "paired" (panel.h), each value once; or 16-bit integers
+ * written twice, since 8 trellis positions are 4 rows of 2 columns; "paired" (panel.h) or "stepped" (columns.h), each value once; or 16-bit integers
  * (int16.h). Rows lie `ld` floats apart. A gradient row travels as "spread", in 4n floats or fewer: where rows are tiled, for each
  * 16 columns 8 groups, column c four times and column c+8 four times. */
 struct mm_kernels {
