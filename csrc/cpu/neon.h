@@ -69,8 +69,8 @@ INLINE void values_of_states(float32x4_t *out, halves states, uint32_t multiplie
         for (int i = 0; i < 2; i++) {
             const uint32x4_t kept = vdupq_n_u32(MM_PAIR_AND), flip = vdupq_n_u32(MM_PAIR_XOR);
             if (addend) words[i] = vaddq_u32(words[i], vdupq_n_u32(addend));
-            if (sha3)
-                __asm__("bcax %0.16b, %1.16b, %0.16b, %2.16b" : "+w"(words[i]) : "w"(flip), "w"(vmvnq_u32(kept)));
+            if (sha3) /* the directive: without optimization this stands where it is not run, in functions for less */
+                __asm__(".arch_extension sha3\n\tbcax %0.16b, %1.16b, %0.16b, %2.16b" : "+w"(words[i]) : "w"(flip), "w"(vmvnq_u32(kept)));
             else
                 words[i] = veorq_u32(vandq_u32(words[i], kept), flip);
         }
