@@ -32,6 +32,18 @@ static const struct mm_kernels *levels[MM_MAX_CPU_LEVELS];
 static int level_count;
 static long checks, failures;
 
+/* Levels of one file share functions; what is checked for one need not be for another. */
+#define FIRST_WITH(function)                                            \
+    static bool first_with_##function(int l) {                          \
+        for (int before = 0; before < l; before++)                      \
+            if (levels[before]->function == levels[l]->function) return false; \
+        return true;                                                    \
+    }
+FIRST_WITH(load)
+FIRST_WITH(store)
+FIRST_WITH(dequantize)
+FIRST_WITH(multiply_transposed)
+
 static const char *const codebook_names[] = {
 #define X(id, name, multiplier, addend, half_rates) name,
     MM_CODEBOOKS(X)
@@ -88,6 +100,15 @@ static void *zeros(size_t bytes) {
 static float *random_floats(int64_t count, float scale) {
     float *values = zeros((size_t)count * sizeof *values);
     for (int64_t i = 0; i < count; i++) values[i] = random_float(scale);
+    return values;
+}
+
+static float *random_fixed(int32_t *fixed, int64_t count) { /* multiples of 2^-20 below 2 in size, and the same as integers */
+    float *values = zeros((size_t)count * sizeof *values);
+    for (int64_t i = 0; i < count; i++) {
+        fixed[i] = (int32_t)(random_bits() >> 10) - (1 << 21);
+        values[i] = (float)fixed[i] * 0x1p-20f;
+    }
     return values;
 }
 
@@ -195,6 +216,7 @@ static void check_decode_rate(int rate2, float values[MM_CODEBOOK_COUNT][1 << MM
         for (int m = 0; m < MODES; m++) {
             set_mode(&modes[m]);
             for (int l = 0; l < level_count; l++) {
+                if (!first_with_dequantize(l)) continue;
                 decode(l ? got : want, levels[l], &weight);
                 const char *names[] = {levels[l]->name, modes[m].name, codebook_names[weight.codebook]};
                 float *value = values[weight.codebook], *out = l ? got : want;
@@ -305,8 +327,10 @@ static void check_conversions(void) {
     int64_t count = store_inputs(&in);
     for (int m = 0; m < MODES; m++) {
         set_mode(&modes[m]);
-        for (int l = 0; l < level_count; l++) check_load(levels[l], modes[m].name);
-        for (int l = 0; l < level_count; l++) check_store(levels[l], modes[m].name, in, count);
+        for (int l = 0; l < level_count; l++)
+            if (first_with_load(l)) check_load(levels[l], modes[m].name);
+        for (int l = 0; l < level_count; l++)
+            if (first_with_store(l)) check_store(levels[l], modes[m].name, in, count);
     }
     mm_free(in);
 }
@@ -318,6 +342,11 @@ static void check_close(const char *level, const char *what, int64_t index, doub
           got, want, bound);
 }
 
+static bool odd_bits(int bits) { /* of at most 8: whether an odd number of them is set */
+    bits ^= bits >> 4, bits ^= bits >> 2, bits ^= bits >> 1;
+    return bits & 1;
+}
+
 /* sum[i] = H in over sqrt(128), absolute[i] = the same with every term's absolute value: what bounds are made of */
 static void hadamard(double *sum, double *absolute, const double *in) {
     double total = 0;
@@ -325,9 +354,7 @@ static void hadamard(double *sum, double *absolute, const double *in) {
     for (int i = 0; i < BLOCK; i++) {
         sum[i] = 0;
         for (int j = 0; j < BLOCK; j++) {
-            int sign = i & j;
-            sign ^= sign >> 4, sign ^= sign >> 2, sign ^= sign >> 1;
-            sum[i] += sign & 1 ? -in[j] : in[j];
+            sum[i] += odd_bits(i & j) ? -in[j] : in[j];
         }
         sum[i] *= (double)MM_HADAMARD_SCALE;
         absolute[i] = total * (double)MM_HADAMARD_SCALE;
@@ -335,23 +362,24 @@ static void hadamard(double *sum, double *absolute, const double *in) {
 }
 #define HADAMARD_ROUNDINGS 8 /* the scale, 7 butterflies (kernels.h, hadamard128) */
 
-/* The forms that rows travel in (cpu.h): "tiled" or "paired" inputs, and gradients spread to match, told apart by a row's length. */
-/* How a level lays out rotated rows and spread gradients (cpu.h): tiled, or paired in vectors of 8 lanes, of 16 for two tiles, or
- * of 16 that were converted together. */
-enum form { TILED, PAIRED, PAIRED_TWO, PAIRED_CONVERTED, FORMS };
+/* How a level lays out rotated rows and spread gradients (cpu.h): tiled, paired in vectors of 8 lanes, of 16 for two tiles, or
+ * of 16 that were converted together, or stepped. */
+enum form { TILED, PAIRED, PAIRED_TWO, PAIRED_CONVERTED, STEPPED, FORMS };
 
 static enum form form_of(const struct mm_kernels *level) {
     if (level->row_floats(MM_CODEBOOK_3INST) != BLOCK) return TILED;
+    if (!strncmp(level->name, "neon", 4)) return STEPPED;
     if (!strncmp(level->name, "avx512-fp16", 11) || !strncmp(level->name, "amx", 3)) return PAIRED_CONVERTED;
     return strncmp(level->name, "avx512", 6) ? PAIRED : PAIRED_TWO;
 }
 
 static int row_places(enum form form) { return form == TILED ? 2 * 16 : 16; }    /* of a tile */
-static int spread_places(enum form form) { return form == TILED ? 4 * 16 : 2 * 16; }
+static int spread_places(enum form form) { return form == TILED ? 4 * 16 : form == STEPPED ? 16 : 2 * 16; }
 
 /* Which row stands at a place of a rotated row. */
 static int row_of_place(enum form form, int place) {
     int tile = place / row_places(form), at = place % row_places(form), pair = at / 2;
+    if (form == STEPPED) return 16 * tile + MM_TILE_ROW(at / 4 * 8 + at % 4);
     return 16 * tile + (form == TILED ? MM_TILE_ROW(at) : 2 * (pair / 4) + (pair & 1) + 8 * (pair / 2 & 1) + 4 * (at & 1));
 }
 
@@ -361,6 +389,8 @@ static int column_of_place(enum form form, int place) {
     switch (form) {
     case TILED:
         return 16 * (place / 64) + MM_TILE_COLUMN(place % 64 / 8 * 32 + place % 8);
+    case STEPPED:
+        return place;
     case PAIRED_CONVERTED:
         return 32 * (place / 64) + 16 * (vector & 1) + 8 * (vector / 2) + lane / 2;
     default: /* a vector's halves are one tile each */
@@ -451,13 +481,13 @@ static double largest(const double *values, int count) {
     return most;
 }
 
-/* `multiply` of such a level: rows [ROWS] whose rotation is x, to rounding, times block 1. */
-static void check_integer_products(const struct mm_kernels *level, const struct mm_weight *weight, const float *w) {
+/* `multiply` of such a level: rows [ROWS] whose rotation is x, to rounding, times block 1. w [k, n]: the weights as above. */
+static void check_integer_products(const struct mm_kernels *level, const struct mm_weight *weight, const double *w) {
     enum { ROWS = 9 };
     const int64_t k = weight->k, ld = k / BLOCK * MM_MAX_ROW_FLOATS;
     double *h = zeros((size_t)(ROWS * k) * sizeof *h), *error = zeros((size_t)(ROWS * k / BLOCK) * sizeof *error);
     float *rows = zeros((size_t)(ROWS * ld) * sizeof *rows), *scratch = zeros(MM_MULTIPLY_SCRATCH * sizeof *scratch);
-    float *y = zeros(ROWS * BLOCK * sizeof *y), *x = random_floats(ROWS * k, 3);
+    float *y = zeros(2 * ROWS * BLOCK * sizeof *y), *x = random_floats(ROWS * k, 3);
     uint16_t *ones = zeros((size_t)k * sizeof *ones);
     for (int64_t i = 0; i < k; i++) ones[i] = 0x3C00;
     for (int64_t i = 0; i < BLOCK; i++) x[i] = i == 5 ? 100.0f : 0.0f; /* one spike: all of a rotated block as large */
@@ -471,25 +501,32 @@ static void check_integer_products(const struct mm_kernels *level, const struct 
                                          half_step(level) * largest(h + r * k + b * BLOCK, BLOCK);
         }
     }
-    for (int count = 1; count <= ROWS; count++) {
-        memset(y, 0xFF, ROWS * BLOCK * sizeof *y);
-        level->multiply(y, weight, 1, rows, ld, count, scratch);
-        for (int r = 0; r < count; r++)
-            for (int i = 0; i < BLOCK; i++) {
-                double want = 0, bound = 0;
-                for (int64_t j = 0; j < k; j++) {
-                    double value = unrounded((double)w[j * weight->n + BLOCK + i]);
-                    want += value * h[r * k + j];
-                    bound += fabs(value) * (error[r * (k / BLOCK) + j / BLOCK] + 12 * U * fabs(h[r * k + j]));
-                }
-                check_close(level->name, "multiply", r * BLOCK + i, (double)y[r * BLOCK + i], want, bound);
+    static double want[ROWS * BLOCK], bound[ROWS * BLOCK];
+    for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < BLOCK; i++) {
+            double sum = 0, most = 0;
+            for (int64_t j = 0; j < k; j++) {
+                double value = w[j * weight->n + BLOCK + i];
+                sum += value * h[r * k + j];
+                most += fabs(value) * (error[r * (k / BLOCK) + j / BLOCK] + 12 * U * fabs(h[r * k + j]));
             }
+            want[r * BLOCK + i] = sum, bound[r * BLOCK + i] = most;
+        }
+    for (int count = 1; count <= ROWS; count++) {
+        float *before = y + (count - 1) % 2 * ROWS * BLOCK, *now = y + count % 2 * ROWS * BLOCK;
+        memset(now, 0xFF, ROWS * BLOCK * sizeof *now);
+        level->multiply(now, weight, 1, rows, ld, count, scratch);
+        for (int i = 0; i < count * BLOCK; i++) {
+            check_close(level->name, "multiply", i, (double)now[i], want[i], bound[i]);
+            check(i / BLOCK == count - 1 || mm_bits_of_float(now[i]) == mm_bits_of_float(before[i]),
+                  "%s: multiply, element %d of %d rows: %a, of fewer rows %a", level->name, i, count, (double)now[i], (double)before[i]);
+        }
     }
     mm_free(h), mm_free(error), mm_free(rows), mm_free(scratch), mm_free(y), mm_free(x), mm_free(ones);
 }
 
 /* One rotated input at a time, so that y is a single weight: it must be nearer to the right one than to a byte sum beside it. */
-static void check_integer_states(const struct mm_kernels *level, const struct mm_weight *weight, const float *w) {
+static void check_integer_states(const struct mm_kernels *level, const struct mm_weight *weight, const double *w) {
     const int64_t k = weight->k, ld = k / BLOCK * MM_MAX_ROW_FLOATS;
     float *rows = zeros((size_t)(MM_ROW_BLOCK * ld) * sizeof *rows), *y = zeros(MM_ROW_BLOCK * BLOCK * sizeof *y);
     float *scratch = zeros(MM_MULTIPLY_SCRATCH * sizeof *scratch), *x = zeros((size_t)k * sizeof *x);
@@ -497,16 +534,16 @@ static void check_integer_states(const struct mm_kernels *level, const struct mm
     for (int64_t i = 0; i < k; i++) ones[i] = 0x3C00;
     for (int64_t first = 0; first < k; first += MM_ROW_BLOCK) {
         for (int64_t r = 0; r < MM_ROW_BLOCK; r++) {
-            double in[BLOCK] = {0}, sum[BLOCK], absolute[BLOCK];
-            in[(first + r) % BLOCK] = 1;
-            hadamard(sum, absolute, in);
-            for (int64_t i = 0; i < k; i++) x[i] = i / BLOCK == (first + r) / BLOCK ? (float)sum[i % BLOCK] : 0.0f;
+            for (int64_t i = 0; i < k; i++)
+                x[i] = i / BLOCK != (first + r) / BLOCK               ? 0.0f
+                       : odd_bits((int)i & (int)(first + r) % BLOCK) ? -MM_HADAMARD_SCALE
+                                                                     : MM_HADAMARD_SCALE;
             level->rotate_in(rows + r * ld, x, ones, k, k, weight->codebook);
         }
         for (int64_t block = 0; block < weight->n / BLOCK; block++) {
             level->multiply(y, weight, block, rows, ld, MM_ROW_BLOCK, scratch);
             for (int64_t i = 0; i < MM_ROW_BLOCK * BLOCK; i++) {
-                double want = unrounded((double)w[(first + i / BLOCK) * weight->n + block * BLOCK + i % BLOCK]);
+                double want = w[(first + i / BLOCK) * weight->n + block * BLOCK + i % BLOCK];
                 check_close(level->name, "one weight", i, (double)y[i], want, 0.01 * (double)MM_MUL1_SCALE);
             }
         }
@@ -544,11 +581,15 @@ static void check_integer_agreement(const struct mm_weight *weight, int input_li
 
 static void check_products(int codebook, int rate2) {
     enum { K = 384, N = 256, ROWS = MM_ROW_BLOCK };
-    static const int counts[] = {1, 2, 3, 4, 5, 6, 7, ROWS};
+    const int most = rate2 == 4 ? ROWS : 23; /* what is done with decoded weights does not depend on the rate */
+    const int counts[] = {1, 2, 3, 4, 5, 6, 7, most};
     static double want[ROWS * BLOCK], absolute[ROWS * BLOCK];
     struct mm_weight weight = random_weight(codebook, rate2, K, N);
     float *w = dense(&weight), *scratch = zeros(MM_MULTIPLY_SCRATCH * sizeof *scratch);
-    float *x = random_floats(ROWS * K, 3), *grad = random_floats(ROWS * N, 3), *y = zeros(ROWS * BLOCK * sizeof *y);
+    int32_t *fixed_w = zeros(K * N * sizeof *fixed_w), *fixed_x = zeros(ROWS * K * sizeof *fixed_x);
+    int32_t *fixed_grad = zeros(ROWS * N * sizeof *fixed_grad);
+    float *x = random_fixed(fixed_x, ROWS * K), *grad = random_fixed(fixed_grad, ROWS * N), *y = zeros(ROWS * BLOCK * sizeof *y);
+    for (int i = 0; i < K * N; i++) fixed_w[i] = (int32_t)(w[i] * 0x1p24f); /* exact: binary16 numbers below 4 */
     float *rows[FORMS], *spread[FORMS];
     for (enum form form = 0; form < FORMS; form++) {
         int length = K / 16 * row_places(form);
@@ -559,32 +600,35 @@ static void check_products(int codebook, int rate2) {
                 spread[form][r * 4 * N + i] = grad[r * N + column_of_place(form, i)];
         }
     }
+    double *exact = zeros(K * N * sizeof *exact);
+    for (int i = 0; codebook == MM_CODEBOOK_MUL1 && i < K * N; i++) exact[i] = unrounded((double)w[i]);
     for (int l = 0; l < level_count; l++)
         if (in_integers(levels[l], codebook)) {
-            check_integer_products(levels[l], &weight, w);
-            check_integer_states(levels[l], &weight, w);
+            check_integer_products(levels[l], &weight, exact);
+            check_integer_states(levels[l], &weight, exact);
+            check_integer_agreement(&weight, levels[l]->input_limit);
         }
-    for (int l = 0; l < level_count; l++)
-        if (in_integers(levels[l], codebook)) check_integer_agreement(&weight, levels[l]->input_limit);
     for (int transposed = 0; transposed < 2; transposed++) {
         int block = transposed ? 2 : 1, terms = transposed ? N : K;
-        for (int r = 0; r < ROWS; r++)
+        for (int r = 0; r < most; r++)
             for (int i = 0; i < BLOCK; i++) {
-                double sum = 0, total = 0;
+                int64_t sum = 0, total = 0; /* exact: 26 bits, 22 bits, 9 bits' worth of terms */
                 for (int j = 0; j < terms; j++) {
-                    double term = transposed ? (double)w[(block * BLOCK + i) * N + j] * (double)grad[r * N + j]
-                                             : (double)w[j * N + block * BLOCK + i] * (double)x[r * K + j];
-                    sum += term, total += fabs(term);
+                    int64_t term = transposed ? (int64_t)fixed_w[(block * BLOCK + i) * N + j] * fixed_grad[r * N + j]
+                                              : (int64_t)fixed_w[j * N + block * BLOCK + i] * fixed_x[r * K + j];
+                    sum += term, total += term < 0 ? -term : term;
                 }
-                want[r * BLOCK + i] = sum, absolute[r * BLOCK + i] = total;
+                want[r * BLOCK + i] = (double)sum * 0x1p-44, absolute[r * BLOCK + i] = (double)total * 0x1p-44;
             }
         for (int l = 0; l < level_count; l++) {
             /* Of the product, of a sum, of joining the sums that run side by side: tiled, 4 over the inputs, 2 over the outputs;
-             * paired, 2 over each block of the inputs, 4 over the outputs. */
+             * paired, 2 over each block of the inputs, 4 over the outputs; stepped, none and 4. */
             enum form form = form_of(levels[l]);
-            int roundings = form != TILED ? (transposed ? N / 4 + 3 : BLOCK / 2 + K / BLOCK + 2) : (transposed ? N / 2 + 2 : K / 4 + 3);
+            int roundings = form == TILED     ? (transposed ? N / 2 + 2 : K / 4 + 3)
+                            : form == STEPPED ? (transposed ? N / 4 + 3 : BLOCK + K / BLOCK + 1)
+                                              : (transposed ? N / 4 + 3 : BLOCK / 2 + K / BLOCK + 2);
             for (int c = 0; c < (int)(sizeof counts / sizeof *counts); c++) {
-                if (!transposed && in_integers(levels[l], codebook)) continue;
+                if (transposed ? !first_with_multiply_transposed(l) : in_integers(levels[l], codebook)) continue;
                 memset(y, 0xFF, ROWS * BLOCK * sizeof *y);
                 if (transposed)
                     levels[l]->multiply_transposed(y, &weight, block, spread[form], counts[c], scratch);
@@ -598,6 +642,7 @@ static void check_products(int codebook, int rate2) {
     }
     for (enum form form = 0; form < FORMS; form++) mm_free(rows[form]), mm_free(spread[form]);
     mm_free(w), mm_free(scratch), mm_free(x), mm_free(grad), mm_free(y);
+    mm_free(exact), mm_free(fixed_w), mm_free(fixed_x), mm_free(fixed_grad);
 }
 
 /* W of one block = diag(suh) H What H diag(svh); rows are transformed first, as in kernels.h */
@@ -722,7 +767,7 @@ static void check_linear(int codebook, int rate2) {
                         double value = (double)w[k * N + n + i];
                         if (in_integers(mm_cpu, codebook)) value = unrounded(value);
                         p[i] += value * h[k];
-                        error += fabs(value) * (h_error[k] + (BLOCK / 2 + K / BLOCK + 2) * U * fabs(h[k]));
+                        error += fabs(value) * (h_error[k] + ((form_of(mm_cpu) == STEPPED ? BLOCK : BLOCK / 2) + K / BLOCK + 2) * U * fabs(h[k]));
                     }
                     p_error += error * (double)MM_HADAMARD_SCALE;
                 }

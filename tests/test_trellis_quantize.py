@@ -337,7 +337,7 @@ def test_native_program(tmp_path: Path) -> None:
     if subprocess.run(probe, capture_output=True).returncode:
         flags = []
     found = quick_check(program(compiler, tmp_path / "search_levels", "-O1", *flags))
-    assert found == list(dict.fromkeys(level.removesuffix("-int16") for level in _C.cpu_levels()))
+    assert found == list(dict.fromkeys(level.split("-")[0] for level in _C.cpu_levels()))
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ static inline int64_t mm_row_stride(int64_t floats) { return floats | 16; }
 
 /* The kernels of one SIMD level. A rotated input row travels in a form of the level's own, row_floats(codebook) floats for
  * each 128 inputs: "tiled" (tiles.h), 4 groups of 4 values for each 16 inputs, in trellis order (rows 2q, 2q+1, 2q+8, 2q+9), each
- * written twice, since 8 trellis positions are 4 rows of 2 columns; "paired" (panel.h), each value once; or 16-bit integers
+ * written twice, since 8 trellis positions are 4 rows of 2 columns; "paired" (panel.h) or "stepped" (columns.h), each value once; or 16-bit integers
  * (int16.h). Rows lie `ld` floats apart. A gradient row travels as "spread", in 4n floats or fewer: where rows are tiled, for each
  * 16 columns 8 groups, column c four times and column c+8 four times. */
 struct mm_kernels {
@@ -94,7 +94,9 @@ struct mm_kernels {
 const struct mm_kernels *mm_kernels_scalar(void);
 const struct mm_kernels *mm_kernels_neon(void);
 const struct mm_kernels *mm_kernels_avx2(void);
+const struct mm_kernels *mm_kernels_neon_fp16(void);
 const struct mm_kernels *mm_kernels_neon_int16(void);
+const struct mm_kernels *mm_kernels_neon_int8(void);
 const struct mm_kernels *mm_kernels_avx2_int16(void);
 const struct mm_kernels *mm_kernels_avx512(void);
 const struct mm_kernels *mm_kernels_avx512_fp16(void);
@@ -104,7 +106,7 @@ const struct mm_kernels *mm_kernels_avx512_int8(void);
 const struct mm_kernels *mm_kernels_avx512_fp16_int8(void);
 const struct mm_kernels *mm_kernels_amx_int8(void);
 #define MM_CPU_LEVELS(X)                                                                      \
-    X(scalar) X(neon) X(avx2) X(avx512) X(avx512_fp16) X(neon_int16) X(avx2_int16) X(avx512_int16) \
+    X(scalar) X(neon) X(neon_fp16) X(avx2) X(avx512) X(avx512_fp16) X(neon_int16) X(neon_int8) X(avx2_int16) X(avx512_int16) \
     X(avx512_fp16_int16) X(avx512_int8) X(avx512_fp16_int8) X(amx_int8)
 
 extern const struct mm_kernels *mm_cpu; /* the active level; set once at import, and by tests */

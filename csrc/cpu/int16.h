@@ -12,7 +12,7 @@
  * lanes 2 c and 2 c + 1 have those columns' rows r and r + 4, r = {0, 1, 8, 9, 2, 3, 10, 11}: what a multiply-add of pairs sums.
  *
  * A level defines before:
- *   INT16_LEVEL                    its name
+ *   INT16_LEVEL                    its name; not needed where there is an INT8_LEVEL
  *   POSITIONS                      of a lane: 16 or 32
  *   MOST_ROWS                      rows multiplied at once, a power of two: how many sums the registers hold
  *   halves, sums32                 vectors of halfwords and of int32, on which + * work lane by lane; halves hold one tile or several
@@ -29,7 +29,8 @@
  * It may define INT8_LEVEL too, the name of a level that rounds inputs to 8 bits, by at most 1/254 of a block's largest, with
  *   add_byte_products(sums, s, q)  sums += s * q in dwords: unsigned bytes of s, signed bytes of q [4], which all dwords share
  * There a row on its own multiplies the bytes of the products themselves, without adding them first; several go on as above, and all
- * sums are the same integers. */
+ * sums are the same integers. Instead of add_byte_products it may define OWN_ROW8, a file with a row8_multiplier_of of its own, and
+ * REPEATS, how often a row for it has each input. That file may define MANY_ROWS8 and multiply_rows8 for so many rows and more. */
 #include <math.h>
 
 #include "cpu/funnel.h"
@@ -77,6 +78,7 @@ INLINE void quantize(struct row16 *row, const vec8 *v, float limit) {
     row->offset = -CENTRE * total;
 }
 
+#ifdef INT16_LEVEL
 static int64_t row_floats_int16(int codebook) {
     return codebook == MM_CODEBOOK_MUL1 ? ROW16_FLOATS : row_floats(codebook);
 }
@@ -92,6 +94,7 @@ static void rotate_in_int16(float *row, const float *x, const uint16_t *suh, int
         quantize((struct row16 *)(void *)row, rotated, INT16_MAX);
     }
 }
+#endif
 
 /* The states of a tile, or of tiles side by side, and their products' halves, one after the other; rate2 is a constant when inlined. */
 #define FOR_PRODUCTS(j, low, high, tile, rate2, ...)                                                                                 \
@@ -204,6 +207,7 @@ static void multiply_integers(float *y, const struct mm_weight *weight, int64_t 
     }
 }
 
+#ifdef INT16_LEVEL
 static void multiply_int16(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
                            float *scratch) {
     if (weight->codebook == MM_CODEBOOK_MUL1)
@@ -221,14 +225,19 @@ static const struct mm_kernels kernels_int16 = {
     .multiply = multiply_int16,
     SHARED_KERNELS,
 };
+#endif
 
 /* ---- 8 bits ---- */
 
 #ifdef INT8_LEVEL
 
+#ifndef REPEATS
+#define REPEATS 2
+#endif
+
 struct row8 {
     struct row16 row;
-    int8_t repeated[2 * MM_HADAMARD]; /* each q twice: once for every byte of a halfword */
+    int8_t repeated[REPEATS * MM_HADAMARD]; /* each q twice: once for every byte of a halfword */
 };
 #define ROW8_FLOATS ((int64_t)(sizeof(struct row8) / sizeof(float)))
 _Static_assert(sizeof(struct row8) <= MM_MAX_ROW_FLOATS * sizeof(float), "cpu.h");
@@ -247,14 +256,20 @@ static void rotate_in_int8(float *row, const float *x, const uint16_t *suh, int6
         struct row8 *out = (struct row8 *)(void *)row;
         scale_rotate(rotated, x + i, suh + i, used - i);
         quantize(&out->row, rotated, INT8_MAX);
-        halves *bytes = (halves *)(void *)out->repeated;
-        for (int at = 0; at < MM_HADAMARD / LANES; at++) {
-            halves q = ((const halves *)(const void *)out->row.q)[at] & 0xFF;
-            bytes[at] = q | q << 8;
-        }
+        if (REPEATS == 2) {
+            halves *bytes = (halves *)(void *)out->repeated;
+            for (int at = 0; at < MM_HADAMARD / LANES; at++) {
+                halves q = ((const halves *)(const void *)out->row.q)[at] & 0xFF;
+                bytes[at] = q | q << 8;
+            }
+        } else
+            for (int at = 0; at < MM_HADAMARD; at++) out->repeated[at] = (int8_t)out->row.q[at];
     }
 }
 
+#ifdef OWN_ROW8
+#include OWN_ROW8
+#else
 /* y [16 TILES columns of 128] += one block of a row times TILES columns of 8 tiles, stride bytes apart; rate2 is a constant when inlined */
 INLINE void multiply_row8(float *y, const struct row8 *row, const uint8_t *tile, int64_t stride, int rate2) {
     const sums32 none = {0};
@@ -292,6 +307,7 @@ static row8_multiplier row8_multiplier_of(int rate2) {
     default: return 0;
     }
 }
+#endif
 
 static void multiply_int8(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
                           float *scratch) {
@@ -299,6 +315,12 @@ static void multiply_int8(float *y, const struct mm_weight *weight, int64_t bloc
         multiply(y, weight, block, row, ld, rows, scratch);
         return;
     }
+#ifdef MANY_ROWS8
+    if (rows >= MANY_ROWS8) {
+        multiply_rows8(y, weight, block, row, ld, rows, scratch);
+        return;
+    }
+#endif
     if (rows != 1) {
         multiply_integers(y, weight, block, row, ld, rows, ROW8_FLOATS, scratch);
         return;
