@@ -56,7 +56,6 @@ struct amx_pass {
 };
 
 struct amx_run {
-    const struct mm_weight *weight;
     int64_t ld, rows, tile_rows, stride; /* stride: bytes from a tile to the one under it */
     halves *panel;
     sums32 *sums;            /* of the pass before: [tile, side, AMX_TILE]; of a lone tile [half, side, AMX_TILE] */
@@ -155,27 +154,36 @@ INLINE void multiply_pass(struct amx_run *run, const struct amx_pass *pass) {
     take_sums(run, pass);
 }
 
-/* y [rows, 32 columns of 128]; rate2 is a constant when inlined. (Slower: decoding a quarter while the one before is multiplied, whether from two
- * quarters in turn or from two panels.) */
-INLINE void multiply_columns(struct amx_run *run, float *y, const uint8_t *tile, const float *row, int rate2) {
-    for (int64_t k = 0; k < run->weight->k; k += MM_HADAMARD, row += ROW8_FLOATS) {
-        for (int quarter = 0; quarter < QUARTERS; quarter++, tile += 2 * run->stride)
-            decode_quarter(run->panel + quarter * QUARTER, tile, run->stride, rate2);
-        for (int64_t done = 0; done < run->rows;) {
-            struct amx_pass pass = pass_of(run, y, row, done);
-            multiply_pass(run, &pass);
-            done = pass.end;
-        }
+/* y [rows, 32 columns of 128] += 128 inputs of the rows times two columns of 8 tiles; rate2 is a constant when inlined. (Slower: decoding a
+ * quarter while the one before is multiplied, whether from two quarters in turn or from two panels.) */
+INLINE void multiply_panel_of(struct amx_run *run, float *y, const uint8_t *tile, const float *row, int rate2) {
+    for (int quarter = 0; quarter < QUARTERS; quarter++, tile += 2 * run->stride)
+        decode_quarter(run->panel + quarter * QUARTER, tile, run->stride, rate2);
+    for (int64_t done = 0; done < run->rows;) {
+        struct amx_pass pass = pass_of(run, y, row, done);
+        multiply_pass(run, &pass);
+        done = pass.end;
     }
-    add_pending(run);
 }
 
-#define X(rate2)                                                                                                 \
-    static void multiply_columns_##rate2(struct amx_run *run, float *y, const uint8_t *tile, const float *row) { \
-        multiply_columns(run, y, tile, row, rate2);                                                              \
+#define X(rate2)                                                                                                  \
+    static void multiply_panel_##rate2(struct amx_run *run, float *y, const uint8_t *tile, const float *row) { \
+        multiply_panel_of(run, y, tile, row, rate2);                                                             \
     }
 MM_ALL_RATES2(X)
 #undef X
+
+typedef void (*panel_multiplier)(struct amx_run *run, float *y, const uint8_t *tile, const float *row);
+
+static panel_multiplier panel_multiplier_of(int rate2) {
+    switch (rate2) {
+#define X(rate2) \
+    case rate2: return multiply_panel_##rate2;
+        MM_ALL_RATES2(X)
+#undef X
+    default: return 0;
+    }
+}
 
 static void multiply_amx(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
                          float *scratch) {
@@ -183,23 +191,19 @@ static void multiply_amx(float *y, const struct mm_weight *weight, int64_t block
         multiply_int8(y, weight, block, row, ld, rows, scratch);
         return;
     }
+    panel_multiplier multiply_one = panel_multiplier_of(weight->rate2);
     int64_t row_tiles = (rows + AMX_TILE - 1) / AMX_TILE, tile_bytes = MM_TILE_BYTES(weight->rate2);
-    struct amx_run run = {.weight = weight, .ld = ld, .rows = rows, .tile_rows = (rows + row_tiles - 1) / row_tiles,
-                          .stride = weight->n / MM_TILE * tile_bytes, .panel = (halves *)(void *)scratch};
+    struct amx_run run = {.ld = ld, .rows = rows, .tile_rows = (rows + row_tiles - 1) / row_tiles, .stride = weight->n / MM_TILE * tile_bytes,
+                          .panel = (halves *)(void *)scratch};
     run.sums = (sums32 *)(void *)(run.panel + QUARTERS * QUARTER);
     amx_configure((int)run.tile_rows);
     clear_sums();
     start_columns(y, row, ld, rows, weight->k / MM_HADAMARD, ROW8_FLOATS);
-    for (int j = 0; j < BLOCK_TILES; j += TILES) {
-        const uint8_t *tile = weight->tiles + (block * BLOCK_TILES + j) * tile_bytes;
-        switch (weight->rate2) {
-#define X(rate2) \
-    case rate2: multiply_columns_##rate2(&run, y + j * MM_TILE, tile, row); break;
-            MM_ALL_RATES2(X)
-#undef X
-        default: break;
-        }
-    }
+    for (int64_t b = 0; b < weight->k / MM_HADAMARD; b++)
+        for (int j = 0; j < BLOCK_TILES; j += TILES)
+            multiply_one(&run, y + j * MM_TILE, weight->tiles + (b * run.stride + block * tile_bytes) * BLOCK_TILES + j * tile_bytes,
+                         row + b * ROW8_FLOATS);
+    add_pending(&run);
     amx_release();
 }
 

@@ -191,13 +191,13 @@ static void multiply_integers(float *y, const struct mm_weight *weight, int64_t 
     int64_t tile_bytes = MM_TILE_BYTES(weight->rate2), row_bytes = weight->n / MM_TILE * tile_bytes;
     int64_t blocks = weight->k / MM_HADAMARD;
     start_columns(y, row, ld, rows, blocks, block_floats);
-    for (int j = 0; j < BLOCK_TILES; j += TILES) {
-        const uint8_t *column = weight->tiles + (block * BLOCK_TILES + j) * tile_bytes;
-        for (int64_t b = 0; b < blocks; b++) {
-            const float *in = row + b * block_floats;
+    for (int64_t b = 0; b < blocks; b++) { /* then its columns: tiles side by side lie in the same pages */
+        const float *in = row + b * block_floats;
+        const uint8_t *tile = weight->tiles + (b * row_bytes + block * tile_bytes) * BLOCK_TILES;
+        for (int j = 0; j < BLOCK_TILES; j += TILES) {
             float *out = y + j * MM_TILE;
             int64_t r = 0;
-            decode(panel, column + b * BLOCK_TILES * row_bytes, row_bytes);
+            decode(panel, tile + j * tile_bytes, row_bytes);
 #define X(count)                                  \
     for (; count <= MOST_ROWS && r + count <= rows; r += count) \
         multiply_sums_rows(out + r * MM_HADAMARD, panel, in + r * ld, ld, count <= MOST_ROWS ? count : 1);
@@ -330,10 +330,9 @@ static void multiply_int8(float *y, const struct mm_weight *weight, int64_t bloc
     int64_t blocks = weight->k / MM_HADAMARD;
     const struct row8 *in = (const struct row8 *)(const void *)row;
     start_columns(y, row, ld, rows, blocks, ROW8_FLOATS);
-    for (int j = 0; j < BLOCK_TILES; j += TILES) {
-        const uint8_t *column = weight->tiles + (block * BLOCK_TILES + j) * tile_bytes;
-        for (int64_t b = 0; b < blocks; b++) multiply_one(y + j * MM_TILE, in + b, column + b * BLOCK_TILES * row_bytes, row_bytes);
-    }
+    for (int64_t b = 0; b < blocks; b++)
+        for (int j = 0; j < BLOCK_TILES; j += TILES)
+            multiply_one(y + j * MM_TILE, in + b, weight->tiles + (b * row_bytes + block * tile_bytes) * BLOCK_TILES + j * tile_bytes, row_bytes);
 }
 
 static const struct mm_kernels kernels_int8 = {
