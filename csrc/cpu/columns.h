@@ -52,37 +52,9 @@ static void rotate_grad(float *spread, const float *grad, const uint16_t *svh, i
 
 /* ---- decoding ---- */
 
-/* states [tiles, 32]: the windows of a column of tiles, stride bytes apart; rate2 is a constant when inlined */
-INLINE void cut_states(halves *states, const uint8_t *tile, int64_t stride, int64_t tiles, int rate2) {
-    for (int64_t t = 0; t < tiles; t++, tile += stride, states += 32) {
-        halves h[17];
-        prefetch_tiles(tile, stride, MM_TILE_BYTES(rate2));
-        halves_of_tiles(h, rate2, tile);
-        UNROLL(32) for (int j = 0; j < 32; j++) {
-            int end = (j + 1) * rate2 >> 1, i = (end + 15) / 16;
-            states[j] = funnel(h[i - 1], h[i], end - 16 * (i - 1));
-        }
-    }
-}
-
-#define X(rate2)                                                                                            \
-    static void cut_states_##rate2(halves *states, const uint8_t *tile, int64_t stride, int64_t tiles) {    \
-        cut_states(states, tile, stride, tiles, rate2);                                                     \
-    }
-MM_ALL_RATES2(X)
-#undef X
-
-typedef void (*state_cutter)(halves *states, const uint8_t *tile, int64_t stride, int64_t tiles);
-
-static state_cutter cutter_of(int rate2) {
-    switch (rate2) {
-#define X(rate2) \
-    case rate2: return cut_states_##rate2;
-        MM_ALL_RATES2(X)
-#undef X
-    default: return 0;
-    }
-}
+#define CUT_POSITIONS 32
+#define CUT_TILES 1
+#include "cpu/states.h"
 
 INLINE floats add_product(floats sum, floats w, floats x, int lane) {
     switch (lane) {

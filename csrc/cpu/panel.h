@@ -65,37 +65,9 @@ static void rotate_grad(float *spread, const float *grad, const uint16_t *svh, i
 
 #define POSITION(pair, side) ((pair) / 4 * 8 + (pair) % 4 + 4 * (side)) /* in its group; side 1 is 8 columns on */
 
-/* states [tiles, 16]: the windows of a column of 8 tiles, stride bytes apart; rate2 is a constant when inlined */
-INLINE void cut_states(halves *states, const uint8_t *tile, int64_t stride, int64_t tiles, int rate2) {
-    for (int64_t t = 0; t < tiles; t++, tile += stride, states += 16) {
-        halves h[10]; /* AVX2 writes past the last that it needs */
-        prefetch_tiles(tile, stride, VECTOR_TILES * MM_TILE_BYTES(rate2));
-        halves_of_tiles(h, rate2, tile);
-        UNROLL(16) for (int j = 0; j < 16; j++) {
-            int end = (j + 1) * rate2 >> 1, i = (end + 15) / 16;
-            states[j] = funnel(h[i - 1], h[i], end - 16 * (i - 1));
-        }
-    }
-}
-
-#define X(rate2)                                                                                            \
-    static void cut_states_##rate2(halves *states, const uint8_t *tile, int64_t stride, int64_t tiles) {    \
-        cut_states(states, tile, stride, tiles, rate2);                                                     \
-    }
-MM_ALL_RATES2(X)
-#undef X
-
-typedef void (*state_cutter)(halves *states, const uint8_t *tile, int64_t stride, int64_t tiles);
-
-static state_cutter cutter_of(int rate2) {
-    switch (rate2) {
-#define X(rate2) \
-    case rate2: return cut_states_##rate2;
-        MM_ALL_RATES2(X)
-#undef X
-    default: return 0;
-    }
-}
+#define CUT_POSITIONS 16
+#define CUT_TILES VECTOR_TILES
+#include "cpu/states.h"
 
 /* out [2][2]: the values of two vectors of states */
 INLINE void decode_two(floats (*out)[2], const halves *left, const halves *right, uint32_t multiplier, uint32_t addend, int codebook) {
