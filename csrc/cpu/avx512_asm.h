@@ -1,6 +1,6 @@
-/* What the AVX-512 and AMX levels take from the machine without an intrinsic: the target that they are compiled for, the instructions written
- * by hand, and whether the CPU has them all. In one place so that a test can put C in theirs: tests/emulated_avx512.h defines every name in
- * here, and so runs the levels' own text on CPUs without AVX-512. Included by a level's file before x86.h. */
+/* What the AVX-512 and AMX levels take from the machine without an intrinsic: the target that they are compiled for, the instructions
+ * written by hand, and whether the CPU has them all. In one place so that a test can put C in theirs: tests/emulated_avx512.h defines every
+ * name in here, and so runs the levels' own text on CPUs without AVX-512. Included by a level's file before x86.h. */
 #ifndef MM_EMULATED_AVX512
 
 #define AVX512_TARGET "avx2,fma,f16c,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni"
