@@ -4,6 +4,9 @@ arm64 under qemu-user, so that the NEON level is run on any Linux machine.
 qemu shows what the instructions compute, not how fast they are. `-cpu max` has every extension, a Neoverse N1 neither
 FEAT_I8MM nor FEAT_SHA3, a Cortex-A72 only what the first arm64 had: code that needs more would end there with an
 illegal instruction.
+
+No emulator that installs from Debian or PyPI knows AVX-512 or AMX. emulated_avx512.h computes in C what those levels'
+intrinsics and assembly do, so that their own text runs wherever there is AVX2.
 """
 
 from __future__ import annotations
@@ -100,6 +103,23 @@ def test_native(tmp_path: Path, sanitized: bool) -> None:
         assert levels[1:] == [level for level, needs in X86_64.items() if set(needs.split()) <= flags_here]
     if platform.machine() in ("arm64", "aarch64"):
         assert levels in ARM64.values()
+
+
+def test_emulated_avx512(tmp_path: Path) -> None:
+    """The levels with AVX-512 and AMX on a CPU that need not have either."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not cpuinfo.exists():
+        pytest.skip("the emulation of AVX-512 is for Linux on x86-64")
+    if missing := {"avx2", "fma", "f16c"} - set(re.findall(r"^flags\s*:(.*)", cpuinfo.read_text(), re.M)[0].split()):
+        pytest.skip(f"the emulation of AVX-512 runs on AVX2; this CPU lacks {', '.join(sorted(missing))}")
+    compiler = native_compiler()
+    flags = ["-O1", "-mavx2", "-mfma", "-mf16c", "-include", str(ROOT / "tests" / "emulated_avx512.h")]
+    (tmp_path / "empty.c").touch()
+    probe = [*compiler, *flags, "-fsyntax-only", str(tmp_path / "empty.c")]
+    errors = subprocess.run(probe, text=True, capture_output=True).stderr
+    if reason := re.search(r"error.*(gcc \d+ or clang \d+ is needed.*)", errors):
+        pytest.skip(f"{compiler[0]}: {reason[1]}")
+    assert check(built(compiler, tmp_path / "levels", *flags)) == ["scalar", *X86_64]
 
 
 @pytest.fixture(scope="module")

@@ -17,19 +17,10 @@ struct amx_config { /* as ldtilecfg reads it */
 _Static_assert(sizeof(struct amx_config) == 64, "Intel's manual");
 
 /* The tile registers: sums of two sides for two tiles of rows, their inputs, and two for products, so that one is loaded while the other is
- * at work. By hand: clang's headers have the intrinsics only where a whole file is compiled for them. */
+ * at work. */
 #define SUMS(rows, side) (2 * (rows) + (side))
 #define INPUTS(rows) (4 + (rows))
 #define PRODUCTS(half) (6 + (half))
-
-#define TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm%c0" ::"i"(tile))
-#define TILE_LOAD(tile, from, stride) \
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"((int64_t)(stride)), "i"(tile) : "memory")
-#define TILE_STORE(to, stride, tile) \
-    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"((int64_t)(stride)), "i"(tile) : "memory")
-/* sums += signed bytes of `inputs` times unsigned bytes of `products` */
-#define TILE_MULTIPLY(sums, inputs, products) \
-    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(inputs), "i"(products))
 
 static void amx_configure(int rows) {
     struct amx_config config = {.palette = 1};
@@ -37,10 +28,10 @@ static void amx_configure(int rows) {
         config.row_bytes[tile] = 64;
         config.rows[tile] = (uint8_t)(tile < PRODUCTS(0) ? rows : AMX_TILE);
     }
-    __asm__ volatile("ldtilecfg %0" ::"m"(config));
+    TILE_CONFIGURE(config);
 }
 
-static void amx_release(void) { __asm__ volatile("tilerelease"); }
+static void amx_release(void) { TILE_RELEASE(); }
 
 #define QUARTERS (BLOCK_TILES / 2) /* two tiles under each other: 64 bytes of a row */
 #define QUARTER (4 * AMX_TILE)     /* halves of it: side, half, AMX_TILE */

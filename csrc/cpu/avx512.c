@@ -1,9 +1,10 @@
 /* The AVX-512 levels (avx512.h). */
 #if defined(__x86_64__)
-#define TARGET "avx2,fma,f16c,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni"
+#define TARGET AVX512_TARGET
 #define LEVEL "avx512"
 #define INT16_LEVEL "avx512-int16"
 #define INT8_LEVEL "avx512-int8"
+#include "cpu/avx512_asm.h"
 #include "cpu/x86.h"
 
 BEGIN_TARGET

@@ -1,6 +1,6 @@
 /* The body of the levels for AVX-512: two tiles at a time, with VBMI's byte permute, VBMI2's funnel shift and VNNI's multiply-add. Ice Lake
  * and Zen 4 were the first to have all three; CPUs with less of AVX-512 run AVX2's levels. Included by a level's file between x86.h and
- * END_TARGET; it may define HALF_ARITHMETIC: the CPU has arithmetic on binary16. */
+ * END_TARGET, after avx512_asm.h; it may define HALF_ARITHMETIC: the CPU has arithmetic on binary16. */
 
 typedef uint16_t halves __attribute__((vector_size(64), may_alias));
 typedef int16_t shorts __attribute__((vector_size(64), may_alias));
@@ -33,8 +33,7 @@ INLINE floats repeat_pair(const float *pair) {
 #define LANE_TILE(vector, lane) ((vector) & 1) /* converted 16 lanes at a time */
 #define LANE_COLUMN(vector, lane) (8 * ((vector) / 2) + (lane) / 2)
 
-/* The format's own arithmetic: two binary16 numbers added, or one multiply-add, rounded once. By hand, since clang's headers have the
- * intrinsics only where a whole file is compiled for them. */
+/* The format's own arithmetic: two binary16 numbers added, or one multiply-add, rounded once. */
 INLINE void values_of_products(floats (*out)[2], halves *low, halves *high, uint32_t addend, int codebook) {
     const halves zero = {0};
     for (int i = 0; i < 2; i++) {
@@ -42,7 +41,7 @@ INLINE void values_of_products(floats (*out)[2], halves *low, halves *high, uint
         if (codebook == MM_CODEBOOK_MUL1) { /* the bits 0x6400 + S are the number 1024 + S, S being at most 1020 */
             const halves scale = zero + mm_half_of_float(MM_MUL1_SCALE), bias = zero + mm_half_of_float(MM_MUL1_BIAS);
             value = (__m512i)(sums_of_bytes(low[i], high[i]) + (uint16_t)0x6400);
-            __asm__("vfmadd213ph %2, %1, %0" : "+v"(value) : "v"(scale), "v"(bias));
+            VFMADD213PH(value, scale, bias);
         } else {
             if (addend) {
                 const halves first = zero + (uint16_t)addend;
@@ -53,7 +52,7 @@ INLINE void values_of_products(floats (*out)[2], halves *low, halves *high, uint
             }
             const halves kept = zero + (uint16_t)MM_PAIR_AND, flip = zero + (uint16_t)MM_PAIR_XOR;
             _Static_assert(MM_PAIR_AND >> 16 == (MM_PAIR_AND & 0xFFFFu) && MM_PAIR_XOR >> 16 == (MM_PAIR_XOR & 0xFFFFu), "both halves");
-            __asm__("vaddph %2, %1, %0" : "=v"(value) : "v"((low[i] & kept) ^ flip), "v"((high[i] & kept) ^ flip));
+            VADDPH(value, (low[i] & kept) ^ flip, (high[i] & kept) ^ flip);
         }
         out[i][0] = (floats)_mm512_cvtph_ps(_mm512_castsi512_si256(value));
         out[i][1] = (floats)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(value, 1));
@@ -94,18 +93,13 @@ INLINE void store_columns(float *y, const floats *sums) {
 INLINE void add_products(sums32 *sums, halves s, const int16_t *q, int step) {
     int32_t pair;
     memcpy(&pair, q + 2 * step, sizeof pair);
-    /* Not the intrinsic: clang makes a multiply-add and an addition of it where it sees a long chain (1.7 x slower). */
-    __asm__("vpdpwssd %2, %1, %0" : "+v"(sums[0]) : "v"(s), "v"(_mm512_set1_epi32(pair)));
+    VPDPWSSD(sums[0], s, _mm512_set1_epi32(pair));
 }
 
 INLINE void add_byte_products(sums32 *sums, halves s, const int8_t *q) {
     int32_t bytes;
     memcpy(&bytes, q, sizeof bytes);
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(s), "v"(_mm512_set1_epi32(bytes)));
+    VPDPBUSD(*sums, s, _mm512_set1_epi32(bytes));
 }
 
 #include "cpu/int16.h"
-
-#define HAS_AVX512(edx)                                                              \
-    cpu_has(SAVES_YMM | SAVES_ZMM, bit_AVX2 | bit_AVX512F | bit_AVX512BW | bit_AVX512VL, \
-            bit_AVX512VBMI | bit_AVX512VBMI2 | bit_AVX512VNNI, edx)
