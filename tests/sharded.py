@@ -188,9 +188,11 @@ def loses(rank: int, size: int, directory: Path, how: str, victim: int) -> str:
     return first
 
 
-def model(rank: int, size: int, directory: Path, how: str) -> dict[str, Any]:
+def model(rank: int, size: int, directory: Path, how: str, level: str) -> dict[str, Any]:
     """A whole transformers model, under shard_experts or by transformers' own DistributedConfig."""
     from transformers.distributed import DistributedConfig
+
+    _C.set_cpu_level(level)
 
     transformers.utils.logging.disable_progress_bar()
     load = Qwen3MoeForCausalLM.from_pretrained
