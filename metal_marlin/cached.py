@@ -175,11 +175,12 @@ class CachedWeightBuffers:
     @contextlib.contextmanager
     def use(self, layer: int, experts: Sequence[int]) -> Iterator[list[int]]:
         """with cache.use(layer, experts) as slots: the experts are there until the end of the block."""
-        slots = self.acquire(layer, experts)
+        items = self._items(layer, experts, distinct=True)
+        slots = _C.cache_acquire(self._cache, items, self.timeout)
         try:
             yield slots
         finally:
-            self.release(layer, experts)
+            _C.cache_release(self._cache, items)
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> int:
         """Asks for experts, the likeliest first, and returns at once; how many of them are now to be read.
@@ -238,10 +239,11 @@ class CachedStack(Packed):
     def bound(self, experts: Sequence[int], slots: Sequence[int]) -> _Bound:
         """The stack as the op takes it, for a call that uses these experts in these slots."""
         table, rows = self._tables.own()
-        size = self.cache.slot_bytes // 2
+        size, places = self.cache.slot_bytes // 2, self.places
         for e, slot in zip(experts, slots, strict=True):
-            rows[e, 0] = slot * size + self.places[e]
-        return _Bound(self.cache.tiles, table, self.suh, self.svh, self.bias, self.formats)
+            rows[e, 0] = slot * size + places[e]
+        buffers = self._buffers  # nn.Module looks in three places for each, and a token asks for every layer's
+        return _Bound(self.cache.tiles, table, buffers["suh"], buffers["svh"], buffers["bias"], self.formats)  # type: ignore[arg-type]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}trellis" in state_dict:
