@@ -1,4 +1,4 @@
-/* A window of the stream: two neighbouring halfwords shifted by a constant. A level defines before: halves, a vector of halfwords, and
+/* A window of the stream, two neighbouring halfwords shifted by a constant, and which one a position has. A level defines before: halves, a vector of halfwords, and
  * FUNNEL(before, after, shift), the upper halves of (before, after) << shift; shift is a literal from 1 to 15. */
 #ifndef MM_CPU_FUNNEL_H
 #define MM_CPU_FUNNEL_H
@@ -12,6 +12,12 @@ INLINE halves funnel(halves before, halves after, int shift) {
 #undef CASE
     default: return after; /* 16 */
     }
+}
+
+/* The state of a lane's position from its halfwords h (int16.h); position and rate2 are constants when inlined. */
+INLINE halves window(const halves *h, int position, int rate2) {
+    int end = (position + 1) * rate2 >> 1, i = (end + 15) / 16;
+    return funnel(h[i - 1], h[i], end - 16 * (i - 1));
 }
 
 #endif

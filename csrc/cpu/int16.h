@@ -103,8 +103,7 @@ static void rotate_in_int16(float *row, const float *x, const uint16_t *suh, int
         halves h[POSITIONS / 2 + 1];                                                                                                 \
         halves_of_tiles(h, rate2, tile);                                                                                             \
         UNROLL(32) for (int j = 0; j < POSITIONS; j++) {                                                                             \
-            int end = (j + 1) * rate2 >> 1, i = (end + 15) / 16;                                                                     \
-            halves state = funnel(h[i - 1], h[i], end - 16 * (i - 1));                                                               \
+            halves state = window(h, j, rate2);                                                                                      \
             halves low = state * m_low, high = product_high(state, m_low) + state * m_high;                                          \
             __VA_ARGS__                                                                                                              \
         }                                                                                                                            \

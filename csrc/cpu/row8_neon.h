@@ -49,9 +49,8 @@ INLINE void decode_digits(uint8x16_t *panel, const uint8_t *tile, int64_t stride
             halves s[4], a[2], b[2];
             uint8x16_t *out = panel + four % 2 * SIDE_DIGITS + four / 2 * 4;
             UNROLL(4) for (int j = 0; j < 4; j++) {
-                int end = (4 * four + j + 1) * rate2 >> 1, i = (end + 15) / 16;
                 uint32x4_t words[2];
-                multiply_states(words, funnel(h[i - 1], h[i], end - 16 * (i - 1)), MM_MUL1_MULTIPLIER);
+                multiply_states(words, window(h, 4 * four + j, rate2), MM_MUL1_MULTIPLIER);
                 s[j] = byte_sums(words);
             }
             UNROLL(2) for (int i = 0; i < 2; i++) {
@@ -165,9 +164,9 @@ INLINE void ROW8(multiply_row8)(float *y, const struct row8 *row, const uint8_t 
             x[2 * i + 1] = vzip2q_s8(twice[i], twice[i]);
         }
         UNROLL(32) for (int j = 0; j < 32; j++) {
-            int end = (j + 1) * rate2 >> 1, i = (end + 15) / 16, side = j / 4 % 2;
+            int side = j / 4 % 2;
             uint32x4_t words[2];
-            multiply_states(words, funnel(h[i - 1], h[i], end - 16 * (i - 1)), MM_MUL1_MULTIPLIER);
+            multiply_states(words, window(h, j, rate2), MM_MUL1_MULTIPLIER);
             UNROLL(2) for (int half = 0; half < 2; half++)
                 sums[2 * side + half] = ROW8(add_bytes)(sums[2 * side + half], words[half], x[j / 8], j % 4);
         }

@@ -10,10 +10,7 @@ INLINE void cut_states(halves *states, const uint8_t *tile, int64_t stride, int6
         halves h[CUT_POSITIONS / 2 + 2]; /* AVX2 writes past the last that it needs */
         prefetch_tiles(tile, stride, CUT_TILES * MM_TILE_BYTES(rate2));
         halves_of_tiles(h, rate2, tile);
-        UNROLL(32) for (int j = 0; j < CUT_POSITIONS; j++) {
-            int end = (j + 1) * rate2 >> 1, i = (end + 15) / 16;
-            states[j] = funnel(h[i - 1], h[i], end - 16 * (i - 1));
-        }
+        UNROLL(32) for (int j = 0; j < CUT_POSITIONS; j++) states[j] = window(h, j, rate2);
     }
 }
 
