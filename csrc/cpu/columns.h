@@ -25,21 +25,8 @@ typedef float32x4_t floats;
 
 /* ---- rows ---- */
 
-static int64_t row_floats(int codebook) {
-    (void)codebook;
-    return MM_HADAMARD;
-}
-
-static void rotate_in(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook) {
-    (void)codebook;
-    for (int64_t i = 0; i < k; i += MM_HADAMARD) {
-        vec8 rotated[16];
-        scale_rotate(rotated, x + i, suh + i, used - i);
-        const float *h = (const float *)rotated;
-        for (int tile = 0; tile < BLOCK_TILES; tile++, h += MM_TILE)
-            for (int step = 0; step < MM_TILE; step++) *row++ = h[STEP_ROW(step)];
-    }
-}
+#define INPUT_AT(place) STEP_ROW(place)
+#include "cpu/rows.h"
 
 /* Not spread at all, in a quarter of the memory that cpu.h allows. */
 static void rotate_grad(float *spread, const float *grad, const uint16_t *svh, int64_t n, int64_t used) {

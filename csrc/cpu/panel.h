@@ -29,24 +29,8 @@
 
 /* ---- rows ---- */
 
-static int64_t row_floats(int codebook) {
-    (void)codebook;
-    return MM_HADAMARD;
-}
-
-static void rotate_in(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook) {
-    (void)codebook;
-    for (int64_t i = 0; i < k; i += MM_HADAMARD) {
-        vec8 rotated[16];
-        scale_rotate(rotated, x + i, suh + i, used - i);
-        const float *h = (const float *)rotated;
-        for (int tile = 0; tile < BLOCK_TILES; tile++, h += MM_TILE)
-            for (int pair = 0; pair < PAIRS; pair++, row += 2) {
-                row[0] = h[PAIR_ROW(pair)];
-                row[1] = h[PAIR_ROW(pair) + 4];
-            }
-    }
-}
+#define INPUT_AT(place) (PAIR_ROW((place) / 2) + (place) % 2 * 4)
+#include "cpu/rows.h"
 
 /* Spread as the vectors of a pair are: every column twice, in half of the memory that cpu.h allows. */
 static void rotate_grad(float *spread, const float *grad, const uint16_t *svh, int64_t n, int64_t used) {
