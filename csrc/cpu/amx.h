@@ -31,8 +31,6 @@ static void amx_configure(int rows) {
     TILE_CONFIGURE(config);
 }
 
-static void amx_release(void) { TILE_RELEASE(); }
-
 #define QUARTERS (BLOCK_TILES / 2) /* two tiles under each other: 64 bytes of a row */
 #define QUARTER (4 * AMX_TILE)     /* halves of it: side, half, AMX_TILE */
 
@@ -195,7 +193,7 @@ static void multiply_amx(float *y, const struct mm_weight *weight, int64_t block
             multiply_one(&run, y + j * MM_TILE, weight->tiles + (b * run.stride + block * tile_bytes) * BLOCK_TILES + j * tile_bytes,
                          row + b * ROW8_FLOATS);
     add_pending(&run);
-    amx_release();
+    TILE_RELEASE();
 }
 
 static const struct mm_kernels kernels_amx = {

@@ -1,6 +1,5 @@
 /* What an arm64 CPU has beyond Armv8.0, asked of the system when the module is loaded, and how to compile for it: functions between
- * BEGIN_TARGET(names) and END_TARGET are compiled for Armv8.2 and those extensions, "+one+other", whatever the build's flags. They don't
- * nest. */
+ * BEGIN_TARGET(names) and END_TARGET are compiled for Armv8.2 and those extensions, "+one+other", whatever the build's flags (target.h). */
 #include <stdbool.h>
 #include <stddef.h>
 #if defined(__linux__)
@@ -9,15 +8,9 @@
 #include <sys/sysctl.h>
 #endif
 
-#define PRAGMA_TEXT(...) _Pragma(#__VA_ARGS__)
-#define PRAGMA(...) PRAGMA_TEXT(__VA_ARGS__)
-#if defined(__clang__)
-#define BEGIN_TARGET(names) PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
-#define END_TARGET PRAGMA(clang attribute pop)
-#else
-#define BEGIN_TARGET(names) PRAGMA(GCC push_options) PRAGMA(GCC target("arch=armv8.2-a", names))
-#define END_TARGET PRAGMA(GCC pop_options)
-#endif
+#include "cpu/target.h"
+
+#define BEGIN_TARGET(names) COMPILE_FOR(names, "arch=armv8.2-a", names)
 
 #if defined(__APPLE__)
 /* The names are macOS 12's and later; what the compiler may use without asking, every Mac has. */

@@ -9,17 +9,10 @@
 
 #include "cpu/cpu.h"
 #include "cpu/half.h"
+#include "cpu/target.h"
 #include "cpu/vector.h"
 
-#define PRAGMA_TEXT(...) _Pragma(#__VA_ARGS__)
-#define PRAGMA(...) PRAGMA_TEXT(__VA_ARGS__)
-#if defined(__clang__)
-#define BEGIN_TARGET PRAGMA(clang attribute push(__attribute__((target(TARGET))), apply_to = function))
-#define END_TARGET PRAGMA(clang attribute pop)
-#else
-#define BEGIN_TARGET PRAGMA(GCC push_options) PRAGMA(GCC target(TARGET))
-#define END_TARGET PRAGMA(GCC pop_options)
-#endif
+#define BEGIN_TARGET COMPILE_FOR(TARGET, TARGET)
 
 /* Asked of the CPU itself: __builtin_cpu_supports needs a start-up routine that zig's runtime library lacks. `registers` are the
  * bits of XCR0: those that the system saves when it switches threads; `ebx`, `ecx` and `edx` are those of CPUID's leaf 7. */
