@@ -45,17 +45,17 @@ struct amx_pass {
 };
 
 struct amx_run {
-    int64_t ld, rows, tile_rows, stride; /* stride: bytes from a tile to the one under it */
+    int64_t ld, rows, tile_rows;
     halves *panel;
     sums32 *sums;            /* of the pass before: [tile, side, AMX_TILE]; of a lone tile [half, side, AMX_TILE] */
     struct amx_pass pending; /* what they belong to: added to y while the next pass is under way */
 };
 
-/* quarter [side, half, 16]: the products of two columns of two tiles, stride bytes apart; rate2 is a constant when inlined */
-INLINE void decode_quarter(halves *quarter, const uint8_t *tile, int64_t stride, int rate2) {
-    for (int t = 0; t < 2; t++, tile += stride, quarter += STEPS) {
-        prefetch_tiles(tile, stride, TILES * MM_TILE_BYTES(rate2));
-        FOR_PRODUCTS(j, low, high, tile, rate2, {
+/* quarter [side, half, 16]: the products of two columns' next two tiles; rate2 is a constant when inlined */
+INLINE void decode_quarter(halves *quarter, struct column *column, int rate2) {
+    for (int t = 0; t < 2; t++, column->tile += column->stride, quarter += STEPS) {
+        prefetch_tiles(column->tile, column->ahead, TILES * MM_TILE_BYTES(rate2));
+        FOR_PRODUCTS(j, low, high, column->tile, rate2, {
             int side = j / 4 % 2, step = j / 8 * 4 + j % 4;
             quarter[side * 2 * AMX_TILE + step] = low;
             quarter[(side * 2 + 1) * AMX_TILE + step] = high;
@@ -145,9 +145,8 @@ INLINE void multiply_pass(struct amx_run *run, const struct amx_pass *pass) {
 
 /* y [rows, 32 columns of 128] += 128 inputs of the rows times two columns of 8 tiles; rate2 is a constant when inlined. (Slower: decoding a
  * quarter while the one before is multiplied, whether from two quarters in turn or from two panels.) */
-INLINE void multiply_panel_of(struct amx_run *run, float *y, const uint8_t *tile, const float *row, int rate2) {
-    for (int quarter = 0; quarter < QUARTERS; quarter++, tile += 2 * run->stride)
-        decode_quarter(run->panel + quarter * QUARTER, tile, run->stride, rate2);
+INLINE void multiply_panel_of(struct amx_run *run, float *y, struct column column, const float *row, int rate2) {
+    for (int quarter = 0; quarter < QUARTERS; quarter++) decode_quarter(run->panel + quarter * QUARTER, &column, rate2);
     for (int64_t done = 0; done < run->rows;) {
         struct amx_pass pass = pass_of(run, y, row, done);
         multiply_pass(run, &pass);
@@ -155,14 +154,14 @@ INLINE void multiply_panel_of(struct amx_run *run, float *y, const uint8_t *tile
     }
 }
 
-#define X(rate2)                                                                                                  \
-    static void multiply_panel_##rate2(struct amx_run *run, float *y, const uint8_t *tile, const float *row) { \
-        multiply_panel_of(run, y, tile, row, rate2);                                                             \
+#define X(rate2)                                                                                                \
+    static void multiply_panel_##rate2(struct amx_run *run, float *y, struct column column, const float *row) { \
+        multiply_panel_of(run, y, column, row, rate2);                                                          \
     }
 MM_ALL_RATES2(X)
 #undef X
 
-typedef void (*panel_multiplier)(struct amx_run *run, float *y, const uint8_t *tile, const float *row);
+typedef void (*panel_multiplier)(struct amx_run *run, float *y, struct column column, const float *row);
 
 static panel_multiplier panel_multiplier_of(int rate2) {
     switch (rate2) {
@@ -181,17 +180,15 @@ static void multiply_amx(float *y, const struct mm_weight *weight, int64_t block
         return;
     }
     panel_multiplier multiply_one = panel_multiplier_of(weight->rate2);
-    int64_t row_tiles = (rows + AMX_TILE - 1) / AMX_TILE, tile_bytes = MM_TILE_BYTES(weight->rate2);
-    struct amx_run run = {.ld = ld, .rows = rows, .tile_rows = (rows + row_tiles - 1) / row_tiles, .stride = weight->n / MM_TILE * tile_bytes,
-                          .panel = (halves *)(void *)scratch};
+    int64_t row_tiles = (rows + AMX_TILE - 1) / AMX_TILE;
+    struct amx_run run = {.ld = ld, .rows = rows, .tile_rows = (rows + row_tiles - 1) / row_tiles, .panel = (halves *)(void *)scratch};
     run.sums = (sums32 *)(void *)(run.panel + QUARTERS * QUARTER);
     amx_configure((int)run.tile_rows);
     clear_sums();
     start_columns(y, row, ld, rows, weight->k / MM_HADAMARD, ROW8_FLOATS);
     for (int64_t b = 0; b < weight->k / MM_HADAMARD; b++)
         for (int j = 0; j < BLOCK_TILES; j += TILES)
-            multiply_one(&run, y + j * MM_TILE, weight->tiles + (b * run.stride + block * tile_bytes) * BLOCK_TILES + j * tile_bytes,
-                         row + b * ROW8_FLOATS);
+            multiply_one(&run, y + j * MM_TILE, column_of(weight, block, b, j, TILES, false), row + b * ROW8_FLOATS);
     add_pending(&run);
     TILE_RELEASE();
 }

@@ -31,7 +31,14 @@ struct mm_weight {
     const uint16_t *suh, *svh, *bias; /* binary16: [k], [n], [n] */
     int64_t k, n;
     int rate2, codebook;
+    const uint8_t *next; /* the tiles that the thread will probably read after a block of these, row strides alike: fetched meanwhile.
+                            May be NULL */
 };
+
+/* Where a block of 128 columns begins. */
+static inline const uint8_t *mm_weight_block(const struct mm_weight *weight, int64_t block) {
+    return weight->tiles + block * (MM_HADAMARD / MM_TILE) * MM_TILE_BYTES(weight->rate2);
+}
 
 /* The matrices of all experts for one projection, as the op's arguments give them. */
 struct mm_stack {

@@ -109,20 +109,20 @@ static void rotate_in_int16(float *row, const float *x, const uint16_t *suh, int
         }                                                                                                                            \
     } while (0)
 
-/* panel [8, POSITIONS]: the byte sums of TILES columns of 8 tiles, stride bytes apart; rate2 is a constant when inlined */
-INLINE void decode_sums(halves *panel, const uint8_t *tile, int64_t stride, int rate2) {
-    for (int t = 0; t < BLOCK_TILES; t++, tile += stride, panel += POSITIONS) {
-        prefetch_tiles(tile, stride, TILES * MM_TILE_BYTES(rate2));
-        FOR_PRODUCTS(j, low, high, tile, rate2, panel[j] = sums_of_bytes(low, high););
+/* panel [8, POSITIONS]: the byte sums of TILES columns of 8 tiles; rate2 is a constant when inlined */
+INLINE void decode_sums(halves *panel, struct column column, int rate2) {
+    for (int t = 0; t < BLOCK_TILES; t++, column.tile += column.stride, panel += POSITIONS) {
+        prefetch_tiles(column.tile, column.ahead, TILES * MM_TILE_BYTES(rate2));
+        FOR_PRODUCTS(j, low, high, column.tile, rate2, panel[j] = sums_of_bytes(low, high););
     }
 }
 
 #define X(rate2) \
-    static void decode_sums_##rate2(halves *panel, const uint8_t *tile, int64_t stride) { decode_sums(panel, tile, stride, rate2); }
+    static void decode_sums_##rate2(halves *panel, struct column column) { decode_sums(panel, column, rate2); }
 MM_ALL_RATES2(X)
 #undef X
 
-typedef void (*sums_decoder)(halves *panel, const uint8_t *tile, int64_t stride);
+typedef void (*sums_decoder)(halves *panel, struct column column);
 
 static sums_decoder decoder_of(int rate2) {
     switch (rate2) {
@@ -187,16 +187,14 @@ static void multiply_integers(float *y, const struct mm_weight *weight, int64_t 
                               int64_t block_floats, float *scratch) {
     halves *panel = (halves *)(void *)scratch;
     sums_decoder decode = decoder_of(weight->rate2);
-    int64_t tile_bytes = MM_TILE_BYTES(weight->rate2), row_bytes = weight->n / MM_TILE * tile_bytes;
     int64_t blocks = weight->k / MM_HADAMARD;
     start_columns(y, row, ld, rows, blocks, block_floats);
     for (int64_t b = 0; b < blocks; b++) { /* then its columns: tiles side by side lie in the same pages */
         const float *in = row + b * block_floats;
-        const uint8_t *tile = weight->tiles + (b * row_bytes + block * tile_bytes) * BLOCK_TILES;
         for (int j = 0; j < BLOCK_TILES; j += TILES) {
             float *out = y + j * MM_TILE;
             int64_t r = 0;
-            decode(panel, tile + j * tile_bytes, row_bytes);
+            decode(panel, column_of(weight, block, b, j, TILES, false));
 #define X(count)                                  \
     for (; count <= MOST_ROWS && r + count <= rows; r += count) \
         multiply_sums_rows(out + r * MM_HADAMARD, panel, in + r * ld, ld, count <= MOST_ROWS ? count : 1);
@@ -269,14 +267,14 @@ static void rotate_in_int8(float *row, const float *x, const uint16_t *suh, int6
 #ifdef OWN_ROW8
 #include OWN_ROW8
 #else
-/* y [16 TILES columns of 128] += one block of a row times TILES columns of 8 tiles, stride bytes apart; rate2 is a constant when inlined */
-INLINE void multiply_row8(float *y, const struct row8 *row, const uint8_t *tile, int64_t stride, int rate2) {
+/* y [16 TILES columns of 128] += one block of a row times TILES columns of 8 tiles; rate2 is a constant when inlined */
+INLINE void multiply_row8(float *y, const struct row8 *row, struct column column, int rate2) {
     const sums32 none = {0};
     sums32 sums[2][2] = {{none + row->row.offset, none}, {none + row->row.offset, none}}; /* [side][half of a product] */
     const int8_t *q = row->repeated;
-    for (int t = 0; t < BLOCK_TILES; t++, tile += stride, q += 2 * MM_TILE) {
-        prefetch_tiles(tile, stride, TILES * MM_TILE_BYTES(rate2));
-        FOR_PRODUCTS(j, low, high, tile, rate2, {
+    for (int t = 0; t < BLOCK_TILES; t++, column.tile += column.stride, q += 2 * MM_TILE) {
+        prefetch_tiles(column.tile, column.ahead, TILES * MM_TILE_BYTES(rate2));
+        FOR_PRODUCTS(j, low, high, column.tile, rate2, {
             const int8_t *bytes = q + 2 * SHARERS * (j / 8 * 4 + j % 4);
             add_byte_products(&sums[j / 4 % 2][0], low, bytes);
             add_byte_products(&sums[j / 4 % 2][1], high, bytes);
@@ -289,13 +287,11 @@ INLINE void multiply_row8(float *y, const struct row8 *row, const uint8_t *tile,
 }
 
 #define X(rate2)                                                                                                       \
-    static void multiply_row8_##rate2(float *y, const struct row8 *row, const uint8_t *tile, int64_t stride) {        \
-        multiply_row8(y, row, tile, stride, rate2);                                                                    \
-    }
+    static void multiply_row8_##rate2(float *y, const struct row8 *row, struct column column) { multiply_row8(y, row, column, rate2); }
 MM_ALL_RATES2(X)
 #undef X
 
-typedef void (*row8_multiplier)(float *y, const struct row8 *row, const uint8_t *tile, int64_t stride);
+typedef void (*row8_multiplier)(float *y, const struct row8 *row, struct column column);
 
 static row8_multiplier row8_multiplier_of(int rate2) {
     switch (rate2) {
@@ -325,13 +321,12 @@ static void multiply_int8(float *y, const struct mm_weight *weight, int64_t bloc
         return;
     }
     row8_multiplier multiply_one = row8_multiplier_of(weight->rate2);
-    int64_t tile_bytes = MM_TILE_BYTES(weight->rate2), row_bytes = weight->n / MM_TILE * tile_bytes;
     int64_t blocks = weight->k / MM_HADAMARD;
     const struct row8 *in = (const struct row8 *)(const void *)row;
     start_columns(y, row, ld, rows, blocks, ROW8_FLOATS);
     for (int64_t b = 0; b < blocks; b++)
         for (int j = 0; j < BLOCK_TILES; j += TILES)
-            multiply_one(y + j * MM_TILE, in + b, weight->tiles + (b * row_bytes + block * tile_bytes) * BLOCK_TILES + j * tile_bytes, row_bytes);
+            multiply_one(y + j * MM_TILE, in + b, column_of(weight, block, b, j, TILES, false));
 }
 
 static const struct mm_kernels kernels_int8 = {

@@ -57,11 +57,34 @@ INLINE void hadamard128(vec8 *v) {
 
 /* ---- weights ---- */
 
-/* Beside the work on a tile, or on tiles side by side: asks for those one block on along k. The processor's own prefetching does not
- * help here, since the stride crosses a page at nearly every step; asking for a whole block at once, or for the next columns, one walk
- * along k ahead, is slower by a few percent (Sapphire Rapids). */
-INLINE void prefetch_tiles(const uint8_t *tile, int64_t stride, int bytes) {
-    for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(tile + BLOCK_TILES * stride + byte);
+/* 8 tiles under each other, or the first of such columns side by side. */
+struct column {
+    const uint8_t *tile;
+    int64_t stride; /* bytes from a tile to the one under it */
+    int64_t ahead;  /* bytes from a tile to the one to ask for beside the work on it, one column on in the walk */
+};
+
+INLINE const uint8_t *tile_at(const struct mm_weight *weight, int64_t block, int64_t b, int j) {
+    return mm_weight_block(weight, block) + b * BLOCK_TILES * (weight->n / MM_TILE) * MM_TILE_BYTES(weight->rate2) + j * MM_TILE_BYTES(weight->rate2);
+}
+
+/* Tile column j of a block, inputs 128 b on, in a walk over the columns of each b, or down each column (`under`), `step` at a time. */
+INLINE struct column column_of(const struct mm_weight *weight, int64_t block, int64_t b, int j, int step, bool under) {
+    const uint8_t *tile = tile_at(weight, block, b, j), *then = weight->next ? weight->next : tile;
+    if (b + 1 < weight->k / MM_HADAMARD)
+        then = tile_at(weight, block, b + 1, j);
+    else if (!under && weight->next)
+        then += j * MM_TILE_BYTES(weight->rate2);
+    else if (under && j + step < BLOCK_TILES)
+        then = tile_at(weight, block, 0, j + step);
+    return (struct column){tile, weight->n / MM_TILE * MM_TILE_BYTES(weight->rate2), (int64_t)((uintptr_t)then - (uintptr_t)tile)};
+}
+
+/* The processor's own prefetching does not help here, since the stride crosses a page at nearly every step; asking for a whole block at
+ * once, or for the next columns, one walk along k ahead, is slower by a few percent (Sapphire Rapids). */
+INLINE void prefetch_tiles(const uint8_t *tile, int64_t ahead, int bytes) {
+    uintptr_t wanted = (uintptr_t)tile + (uintptr_t)ahead; /* of another matrix, maybe */
+    for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch((const void *)(wanted + (uintptr_t)byte));
 }
 
 /* ---- rows in and out ---- */

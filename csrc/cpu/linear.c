@@ -13,6 +13,7 @@ struct linear {
     int64_t first_row, rows; /* of this chunk */
     int64_t in_width, in_used, out_width, out_used;
     int64_t ld; /* floats of a rotated row */
+    int64_t threads;
     float *rotated; /* [rows, ld] */
     char *out;
     bool transposed;
@@ -32,17 +33,18 @@ static void rotate_row(int64_t item, void *scratch, void *context) {
 
 static void multiply_block(int64_t item, void *scratch, void *context) {
     const struct linear *run = context;
-    const struct mm_weight *weight = run->weight;
+    struct mm_weight weight = *run->weight;
     int64_t blocks = run->out_width / MM_HADAMARD, block = item % blocks, row = item / blocks * MM_ROW_BLOCK;
     int64_t rows = run->rows - row < MM_ROW_BLOCK ? run->rows - row : MM_ROW_BLOCK, column = block * MM_HADAMARD;
     float *y = scratch;
     const float *rotated = run->rotated + row * run->ld;
     if (run->transposed) {
-        mm_cpu->multiply_transposed(y, weight, block, rotated, rows, y + rows * MM_HADAMARD);
-        mm_cpu->rotate_out(y, rows, weight->suh + column, NULL);
+        mm_cpu->multiply_transposed(y, &weight, block, rotated, rows, y + rows * MM_HADAMARD);
+        mm_cpu->rotate_out(y, rows, weight.suh + column, NULL);
     } else {
-        mm_cpu->multiply(y, weight, block, rotated, run->ld, rows, y + rows * MM_HADAMARD);
-        mm_cpu->rotate_out(y, rows, weight->svh + column, weight->bias ? weight->bias + column : NULL);
+        weight.next = mm_weight_block(&weight, (item + run->threads) % blocks);
+        mm_cpu->multiply(y, &weight, block, rotated, run->ld, rows, y + rows * MM_HADAMARD);
+        mm_cpu->rotate_out(y, rows, weight.svh + column, weight.bias ? weight.bias + column : NULL);
     }
     int64_t kept = run->out_used - column < MM_HADAMARD ? run->out_used - column : MM_HADAMARD;
     char *out = run->out + ((run->first_row + row) * run->out_used + column) * (int64_t)mm_float_bytes(run->in->type);
@@ -54,6 +56,7 @@ static bool run_linear(struct linear *run) {
     int64_t rows = run->in->rows, blocks = run->out_width / MM_HADAMARD;
     int64_t chunk = rows < CHUNK_ROWS ? rows : CHUNK_ROWS;
     if (!rows) return true;
+    run->threads = mm_threads.count();
     run->rotated = mm_alloc((size_t)(chunk * run->ld) * sizeof(float));
     bool done = run->rotated != NULL;
     int64_t block_rows = chunk < MM_ROW_BLOCK ? chunk : MM_ROW_BLOCK;

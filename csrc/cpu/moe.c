@@ -23,6 +23,7 @@ struct moe_run {
     const struct mm_moe *moe;
     const struct mm_rows *grad; /* backward only */
     int64_t top_k, pairs, hidden;
+    int64_t threads; /* items are pulled in order: this many on is likely a thread's next */
     int64_t *order; /* [pairs]: the pair at each sorted place; pair = token * top_k + slot */
     struct segment *segments;
     int64_t segment_count;
@@ -99,10 +100,19 @@ static void rotate_token(int64_t item, void *scratch, void *context) {
                       codebook_of(up, expert));
 }
 
-/* y [rows, 128]: one block of a projection's output for a segment */
+/* Where an item's tiles begin; NULL past the phase's last one. */
+static const uint8_t *tiles_of(const struct moe_run *run, const struct mm_stack *stack, int64_t item) {
+    int64_t block, blocks = stack->n / MM_HADAMARD;
+    if (item >= (run->last_segment - run->first_segment) * blocks) return NULL;
+    struct mm_weight weight = mm_stack_weight(stack, segment_of(run, item, blocks, &block)->expert);
+    return mm_weight_block(&weight, block);
+}
+
+/* y [rows, 128]: one block of a projection's output for a segment; next (may be NULL) as in struct mm_weight */
 static void project(float *y, const struct moe_run *run, const struct mm_stack *stack, const struct rotated *rows,
-                    const struct segment *segment, int64_t block, float *scratch) {
+                    const struct segment *segment, int64_t block, const uint8_t *next, float *scratch) {
     struct mm_weight weight = mm_stack_weight(stack, segment->expert);
+    weight.next = next;
     int64_t column = block * MM_HADAMARD;
     mm_cpu->multiply(y, &weight, block, row_at(run, rows, stack, segment->expert, segment->first, 0), rows->ld,
                      segment->rows, scratch);
@@ -116,8 +126,10 @@ static void gate_up_block(int64_t item, void *scratch, void *context) {
     const struct segment *segment = segment_of(run, item, blocks, &block);
     int64_t size = segment->rows * MM_HADAMARD, column = block * MM_HADAMARD;
     float *gate = scratch, *up = gate + size, *act = up + size, *rest = act + size;
-    project(gate, run, &moe->gate, &run->in_gate, segment, block, rest);
-    project(up, run, &moe->up, &run->in_up, segment, block, rest);
+    int64_t items = (run->last_segment - run->first_segment) * blocks, then = item + run->threads;
+    project(gate, run, &moe->gate, &run->in_gate, segment, block, tiles_of(run, &moe->up, item), rest);
+    project(up, run, &moe->up, &run->in_up, segment, block,
+            then < items ? tiles_of(run, &moe->gate, then) : tiles_of(run, &moe->down, then - items), rest);
     mm_cpu->activate(act, gate, up, size, moe->activation, moe->alpha, moe->limit);
     const uint16_t *suh = moe->down.suh + segment->expert * moe->down.k + column;
     for (int64_t r = 0; r < segment->rows; r++)
@@ -130,7 +142,8 @@ static void down_block(int64_t item, void *scratch, void *context) {
     const struct moe_run *run = context;
     int64_t block;
     const struct segment *segment = segment_of(run, item, run->moe->down.n / MM_HADAMARD, &block);
-    project(blocked(run, run->y, block, segment), run, &run->moe->down, &run->in_down, segment, block, scratch);
+    project(blocked(run, run->y, block, segment), run, &run->moe->down, &run->in_down, segment, block,
+            tiles_of(run, &run->moe->down, item + run->threads), scratch);
 }
 
 /* Adds the chunk's pairs to their tokens, one block of columns an item: sorted order, so expert by expert. */
@@ -176,8 +189,10 @@ static void gate_up_again(int64_t item, void *scratch, void *context) {
     const struct moe_run *run = context;
     int64_t block;
     const struct segment *segment = segment_of(run, item, run->moe->gate.n / MM_HADAMARD, &block);
-    project(blocked(run, run->gate, block, segment), run, &run->moe->gate, &run->in_gate, segment, block, scratch);
-    project(blocked(run, run->up, block, segment), run, &run->moe->up, &run->in_up, segment, block, scratch);
+    project(blocked(run, run->gate, block, segment), run, &run->moe->gate, &run->in_gate, segment, block,
+            tiles_of(run, &run->moe->up, item), scratch);
+    project(blocked(run, run->up, block, segment), run, &run->moe->up, &run->in_up, segment, block,
+            tiles_of(run, &run->moe->gate, item + run->threads), scratch);
 }
 
 /* dx [rows, 128]: one block of the gradient of a projection's input for a segment */
@@ -349,6 +364,7 @@ static bool run_moe(struct moe_run *run, void *out, void *dweights) {
     run->top_k = moe->weights.columns;
     run->pairs = tokens * run->top_k;
     run->hidden = moe->x.columns;
+    run->threads = mm_threads.count();
     run->in_gate.ld = longest_row(&moe->gate, experts);
     run->in_up.ld = longest_row(&moe->up, experts);
     run->in_down.ld = longest_row(&moe->down, experts);

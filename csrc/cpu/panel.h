@@ -83,10 +83,10 @@ INLINE void decode_states(floats *panel, floats *sums, const float *row, const h
         for (int i = 0; i < PAIR_VECTORS; i++) sums[i] += sum[i];
 }
 
-/* panel [tiles, 8 pairs, 4]: up to 8 tiles, stride bytes apart */
-static void decode_panel(floats *panel, const struct mm_weight *weight, const uint8_t *tile, int64_t stride, int64_t tiles) {
+/* panel [tiles, 8 pairs, 4]: up to 8 tiles of a column */
+static void decode_panel(floats *panel, const struct mm_weight *weight, struct column column, int64_t tiles) {
     halves states[BLOCK_TILES * 16];
-    cutter_of(weight->rate2)(states, tile, stride, tiles);
+    cutter_of(weight->rate2)(states, column, tiles);
     switch (weight->codebook) {
 #define X(id, name, multiplier, addend, half_rates) \
     case id: decode_states(panel, NULL, NULL, states, tiles, multiplier, addend, id); break;
@@ -97,9 +97,9 @@ static void decode_panel(floats *panel, const struct mm_weight *weight, const ui
 }
 
 /* sums [4] += a row times a column of 8 tiles: as decode_panel and multiply_panel, term by term */
-static void multiply_column(floats *sums, const struct mm_weight *weight, const uint8_t *tile, int64_t stride, const float *row) {
+static void multiply_column(floats *sums, const struct mm_weight *weight, struct column column, const float *row) {
     halves states[BLOCK_TILES * 16];
-    cutter_of(weight->rate2)(states, tile, stride, BLOCK_TILES);
+    cutter_of(weight->rate2)(states, column, BLOCK_TILES);
     switch (weight->codebook) {
 #define X(id, name, multiplier, addend, half_rates) \
     case id: decode_states(NULL, sums, row, states, BLOCK_TILES, multiplier, addend, id); break;
@@ -132,19 +132,17 @@ static void multiply(float *y, const struct mm_weight *weight, int64_t block, co
                      float *scratch) {
     const int row_sums = PANELS * PAIR_VECTORS;
     floats *sums = (floats *)(void *)scratch, *panel = sums + rows * row_sums;
-    int64_t tile_bytes = MM_TILE_BYTES(weight->rate2), row_bytes = weight->n / MM_TILE * tile_bytes;
-    int64_t block_bytes = BLOCK_TILES * row_bytes, vector_bytes = VECTOR_TILES * tile_bytes;
+    int64_t vector_bytes = VECTOR_TILES * MM_TILE_BYTES(weight->rate2);
     for (int j = 0; j < BLOCK_TILES; j += COLUMNS_TOGETHER) {
-        const uint8_t *column = weight->tiles + (block * BLOCK_TILES + j) * tile_bytes;
         memset(sums, 0, (size_t)(rows * row_sums) * sizeof *sums);
-        for (int64_t k = 0; k < weight->k; k += MM_HADAMARD, column += block_bytes) {
-            if (rows == 1) {
-                for (int c = 0; c < PANELS; c++)
-                    multiply_column(sums + c * PAIR_VECTORS, weight, column + c * vector_bytes, row_bytes, row + k);
-                continue;
-            }
-            for (int c = 0; c < PANELS; c++)
-                decode_panel(panel + c * PANEL_VECTORS, weight, column + c * vector_bytes, row_bytes, BLOCK_TILES);
+        for (int64_t k = 0; k < weight->k; k += MM_HADAMARD) {
+            struct column column = column_of(weight, block, k / MM_HADAMARD, j, COLUMNS_TOGETHER, true);
+            for (int c = 0; c < PANELS; c++, column.tile += vector_bytes)
+                if (rows == 1)
+                    multiply_column(sums + c * PAIR_VECTORS, weight, column, row + k);
+                else
+                    decode_panel(panel + c * PANEL_VECTORS, weight, column, BLOCK_TILES);
+            if (rows == 1) continue;
             int64_t r = 0;
 #define X(count)                                                                                                              \
     for (; count <= PANEL_ROWS && r + count <= rows; r += count)                                                              \
@@ -181,7 +179,7 @@ static void multiply_transposed(float *dx, const struct mm_weight *weight, int64
         const uint8_t *tiles = weight->tiles + (block * BLOCK_TILES + kt) * n_tiles * tile_bytes;
         memset(sums, 0, (size_t)(rows * PAIRS) * sizeof *sums);
         for (int64_t j = 0; j < n_tiles; j += VECTOR_TILES) {
-            decode_panel(tile, weight, tiles + j * tile_bytes, 0, 1);
+            decode_panel(tile, weight, (struct column){.tile = tiles + j * tile_bytes}, 1);
             for (int64_t r = 0; r < rows; r++) {
                 const floats *grad = (const floats *)(const void *)(spread + r * 4 * weight->n) + j / VECTOR_TILES * PAIR_VECTORS;
                 for (int pair = 0; pair < PAIRS; pair++)
@@ -197,10 +195,8 @@ static void multiply_transposed(float *dx, const struct mm_weight *weight, int64
 static void decode_block(float *out, const struct mm_weight *weight, int64_t k_block, int64_t n_block) {
     floats panel[PANEL_VECTORS];
     const float *values = (const float *)panel;
-    int64_t tile_bytes = MM_TILE_BYTES(weight->rate2), n_tiles = weight->n / MM_TILE;
     for (int j = 0; j < BLOCK_TILES; j += VECTOR_TILES) {
-        int64_t index = k_block * BLOCK_TILES * n_tiles + n_block * BLOCK_TILES + j;
-        decode_panel(panel, weight, weight->tiles + index * tile_bytes, n_tiles * tile_bytes, BLOCK_TILES);
+        decode_panel(panel, weight, column_of(weight, n_block, k_block, j, VECTOR_TILES, true), BLOCK_TILES);
         for (int at = 0; at < PANEL_VECTORS * FLOAT_LANES; at++) {
             int lane = at % FLOAT_LANES, vector = at / FLOAT_LANES % PAIR_VECTORS, pair = at / FLOAT_LANES / PAIR_VECTORS;
             int row = pair / PAIRS * MM_TILE + PAIR_ROW(pair % PAIRS) + 4 * (lane & 1);

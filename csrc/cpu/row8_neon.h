@@ -20,7 +20,7 @@ BEGIN_TARGET(I8MM_TARGET)
 END_TARGET
 BEGIN_TARGET(LEVEL_TARGET)
 
-typedef void (*row8_multiplier)(float *y, const struct row8 *row, const uint8_t *tile, int64_t stride);
+typedef void (*row8_multiplier)(float *y, const struct row8 *row, struct column column);
 
 static row8_multiplier row8_multiplier_of(int rate2) {
     switch (rate2) {
@@ -40,11 +40,11 @@ static row8_multiplier row8_multiplier_of(int rate2) {
 #define SIDE_DIGITS (BLOCK_TILES * 16) /* vectors: of 8 columns */
 
 /* panel [2 sides, 8 tiles, 4 times 4 steps, 2 halves of 8 columns, a and b]; rate2 is a constant when inlined */
-INLINE void decode_digits(uint8x16_t *panel, const uint8_t *tile, int64_t stride, int rate2) {
-    for (int t = 0; t < BLOCK_TILES; t++, tile += stride, panel += 16) {
+INLINE void decode_digits(uint8x16_t *panel, struct column column, int rate2) {
+    for (int t = 0; t < BLOCK_TILES; t++, column.tile += column.stride, panel += 16) {
         halves h[17];
-        prefetch_tiles(tile, stride, MM_TILE_BYTES(rate2));
-        halves_of_tiles(h, rate2, tile);
+        prefetch_tiles(column.tile, column.ahead, MM_TILE_BYTES(rate2));
+        halves_of_tiles(h, rate2, column.tile);
         UNROLL(8) for (int four = 0; four < 8; four++) {
             halves s[4], a[2], b[2];
             uint8x16_t *out = panel + four % 2 * SIDE_DIGITS + four / 2 * 4;
@@ -66,11 +66,11 @@ INLINE void decode_digits(uint8x16_t *panel, const uint8_t *tile, int64_t stride
 }
 
 #define X(rate2) \
-    static void decode_digits_##rate2(uint8x16_t *panel, const uint8_t *tile, int64_t stride) { decode_digits(panel, tile, stride, rate2); }
+    static void decode_digits_##rate2(uint8x16_t *panel, struct column column) { decode_digits(panel, column, rate2); }
 MM_ALL_RATES2(X)
 #undef X
 
-typedef void (*digits_decoder)(uint8x16_t *panel, const uint8_t *tile, int64_t stride);
+typedef void (*digits_decoder)(uint8x16_t *panel, struct column column);
 
 static digits_decoder digits_decoder_of(int rate2) {
     switch (rate2) {
@@ -120,16 +120,14 @@ static void multiply_rows8(float *y, const struct mm_weight *weight, int64_t blo
                            float *scratch) {
     uint8x16_t *panel = (uint8x16_t *)(void *)scratch;
     digits_decoder decode = digits_decoder_of(weight->rate2);
-    int64_t tile_bytes = MM_TILE_BYTES(weight->rate2), row_bytes = weight->n / MM_TILE * tile_bytes;
     int64_t blocks = weight->k / MM_HADAMARD;
     start_columns(y, row, ld, rows, blocks, ROW8_FLOATS);
     for (int j = 0; j < BLOCK_TILES; j++) {
-        const uint8_t *column = weight->tiles + (block * BLOCK_TILES + j) * tile_bytes;
         for (int64_t b = 0; b < blocks; b++) {
             const float *in = row + b * ROW8_FLOATS;
             float *out = y + j * MM_TILE;
             int64_t r = 0;
-            decode(panel, column + b * BLOCK_TILES * row_bytes, row_bytes);
+            decode(panel, column_of(weight, block, b, j, 1, true));
 #define X(count) \
     for (; r + count <= rows; r += count) multiply_digits(out + r * MM_HADAMARD, panel, in + r * ld, ld, count);
             X(4) X(3) X(2) X(1)
@@ -149,16 +147,16 @@ INLINE int32x4_t ROW8(add_bytes)(int32x4_t sum, uint32x4_t words, int8x16_t x, i
     }
 }
 
-/* y [16 columns of 128] += one block of a row times a column of 8 tiles, stride bytes apart; rate2 is a constant when inlined */
-INLINE void ROW8(multiply_row8)(float *y, const struct row8 *row, const uint8_t *tile, int64_t stride, int rate2) {
+/* y [16 columns of 128] += one block of a row times a column of 8 tiles; rate2 is a constant when inlined */
+INLINE void ROW8(multiply_row8)(float *y, const struct row8 *row, struct column column, int rate2) {
     const int32x4_t start = vdupq_n_s32(row->row.offset / CENTRE * (CENTRE - SUBTRACTED));
     int32x4_t sums[4] = {start, start, start, start}; /* columns 0..3, 4..7, ... */
     const int8_t *q = row->repeated;
-    for (int t = 0; t < BLOCK_TILES; t++, tile += stride, q += MM_TILE) {
+    for (int t = 0; t < BLOCK_TILES; t++, column.tile += column.stride, q += MM_TILE) {
         halves h[17];
         int8x16_t x[4], inputs = vld1q_s8(q), twice[2] = {vzip1q_s8(inputs, inputs), vzip2q_s8(inputs, inputs)}; /* x: 4 times, of 4 */
-        prefetch_tiles(tile, stride, MM_TILE_BYTES(rate2));
-        halves_of_tiles(h, rate2, tile);
+        prefetch_tiles(column.tile, column.ahead, MM_TILE_BYTES(rate2));
+        halves_of_tiles(h, rate2, column.tile);
         UNROLL(2) for (int i = 0; i < 2; i++) {
             x[2 * i] = vzip1q_s8(twice[i], twice[i]);
             x[2 * i + 1] = vzip2q_s8(twice[i], twice[i]);
@@ -175,9 +173,7 @@ INLINE void ROW8(multiply_row8)(float *y, const struct row8 *row, const uint8_t 
 }
 
 #define X(rate2)                                                                                                                 \
-    static void ROW8(multiply_row8_##rate2)(float *y, const struct row8 *row, const uint8_t *tile, int64_t stride) {            \
-        ROW8(multiply_row8)(y, row, tile, stride, rate2);                                                                        \
-    }
+    static void ROW8(multiply_row8_##rate2)(float *y, const struct row8 *row, struct column column) { ROW8(multiply_row8)(y, row, column, rate2); }
 MM_ALL_RATES2(X)
 #undef X
 
