@@ -55,13 +55,22 @@ static PyObject *cpu_levels(PyObject *self, PyObject *unused) {
     return level_names();
 }
 
+#define X(id, name, ...) name,
+static const char *const codebooks[] = {MM_CODEBOOKS(X)};
+#undef X
+
 static PyObject *cpu_input_limits(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
     PyObject *limits = PyDict_New();
     for (int i = 0; limits && i < level_count; i++) {
-        PyObject *limit = PyLong_FromLong(levels[i]->input_limit);
-        if (!limit || PyDict_SetItemString(limits, levels[i]->name, limit)) Py_CLEAR(limits);
-        Py_XDECREF(limit);
+        PyObject *of_level = PyDict_New();
+        for (int codebook = 0; of_level && codebook < MM_CODEBOOK_COUNT; codebook++) {
+            PyObject *limit = PyLong_FromLong(levels[i]->input_limits[codebook]);
+            if (!limit || PyDict_SetItemString(of_level, codebooks[codebook], limit)) Py_CLEAR(of_level);
+            Py_XDECREF(limit);
+        }
+        if (!of_level || PyDict_SetItemString(limits, levels[i]->name, of_level)) Py_CLEAR(limits);
+        Py_XDECREF(of_level);
     }
     return limits;
 }
@@ -138,8 +147,9 @@ static PyMethodDef methods[] = {
     {"cpu_level", cpu_level, METH_NOARGS, "cpu_level() -> str: the SIMD level in use."},
     {"cpu_levels", cpu_levels, METH_NOARGS, "cpu_levels() -> tuple[str, ...]: what this machine runs, the default last."},
     {"cpu_input_limits", cpu_input_limits, METH_NOARGS,
-     "cpu_input_limits() -> dict[str, int]: of each level, 0 if it multiplies with the format's weights to the bit and float32 "
-     "inputs; else it leaves out mul1's rounding to binary16 and rounds inputs to integers of at most this in a block of 128."},
+     "cpu_input_limits() -> dict[str, dict[str, int]]: of each level and codebook, 0 if it multiplies with the format's weights to the "
+     "bit and float32 inputs; else it rounds inputs to integers of at most this in a block of 128, leaves out mul1's rounding to "
+     "binary16 and rounds the others' weights to multiples of 2^-12."},
     {"set_cpu_level", set_cpu_level, METH_O,
      "set_cpu_level(name): switch the SIMD level for calls that start from now on. ValueError for one that this "
      "machine does not run."},
@@ -237,7 +247,6 @@ static bool add_codebooks(PyObject *module) {
 
 static bool add_lists(PyObject *module) {
 #define X(id, name, ...) name,
-    static const char *const codebooks[] = {MM_CODEBOOKS(X)};
     static const char *const activations[] = {MM_ACTIVATIONS(X)};
     static const char *const routers[] = {MM_ROUTERS(X)};
 #undef X

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from metal_marlin import _C, cli_info
 from metal_marlin.mps import mps_problem
-from metal_marlin.selftest_cases import AMOUNTS, OPS, Case, Mul1, Sizes, cases_of, moved
+from metal_marlin.selftest_cases import AMOUNTS, OPS, Case, Rounding, Sizes, cases_of, moved
 from metal_marlin.selftest_checks import CHECKS, Check, Results, compare, same_bits
 
 REFERENCE = "scalar"
@@ -49,7 +49,7 @@ class Target:
     run: Callable[[Callable[[], Results]], Results]
     device: str = "cpu"
     metal: bool = False  # whether Metal kernels do the work
-    mul1: Mul1 = Mul1.ROUNDED
+    rounding: Rounding = Rounding.EXACT
 
     def put(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)
@@ -67,8 +67,10 @@ def cpu_target(level: str) -> Target:
         finally:
             _C.set_cpu_level(before)
 
-    kinds = {0: Mul1.ROUNDED, 2**15 - 1: Mul1.UNROUNDED, 2**7 - 1: Mul1.BYTES}
-    return Target(f"cpu {level}", run, mul1=kinds[_C.cpu_input_limits()[level]])
+    kinds = {(0, 0): Rounding.EXACT, (0, 2**15 - 1): Rounding.UNROUNDED, (0, 2**7 - 1): Rounding.BYTES}
+    kinds[2**7 - 1, 2**7 - 1] = Rounding.ALL_BYTES
+    limits = _C.cpu_input_limits()[level]
+    return Target(f"cpu {level}", run, rounding=kinds[limits["mcg"], limits["mul1"]])
 
 
 def mps_target() -> Target:
@@ -77,7 +79,7 @@ def mps_target() -> Target:
         torch.mps.synchronize()
         return tuple(result.cpu() for result in results)
 
-    return Target("mps", run, device="mps", metal=True, mul1=Mul1.UNROUNDED_DECODE)
+    return Target("mps", run, device="mps", metal=True, rounding=Rounding.UNROUNDED_DECODE)
 
 
 def targets_here() -> list[Target]:
@@ -146,7 +148,7 @@ def run_case(case: Case, targets: Sequence[Target], sizes: Sizes) -> list[Result
     try:
         prepared = case.prepare(sizes)
         want = cpu_target(REFERENCE).run(lambda: prepared.call(prepared.inputs))
-        bounds = {mul1: prepared.bounds(want, mul1) for mul1 in Mul1}
+        bounds = {rounding: prepared.bounds(want, rounding) for rounding in Rounding}
     except Exception as error:
         for result in found:
             result.problem = f"the reference failed: {first_line(error)}"
@@ -162,7 +164,7 @@ def run_case(case: Case, targets: Sequence[Target], sizes: Sizes) -> list[Result
                 first = second = ()
         result.log = log.text
         if result.problem is None:
-            allowed = bounds[target.mul1]
+            allowed = bounds[target.rounding]
             compared = [compare(*parts) for parts in zip(prepared.outputs, first, want, allowed, strict=True)]
             result.worst = max(worst for _, worst in compared)
             result.problem = next((problem for problem, _ in compared if problem), None)

@@ -54,34 +54,39 @@ ACTIVATION, SLOPE = 16.0, 3.0
 # only. Inputs of 16 bits add a sixth of that at most.
 MUL1_UNROUNDED = 8 * 2.0**-12 / (SIDES_AND_SPREAD * U)
 # Inputs of 8 bits are off by at most 1/254 of their block's largest, evenly spread: with a largest of four times the
-# root mean square, by 0.9 percent of it.
-MUL1_BYTES = 8 * 0.01 / (SIDES_AND_SPREAD * U)
+# root mean square, by 0.9 percent of it. Beside that the rounding of 3inst's and mcg's weights to 2**-12 is nothing.
+BYTES = 8 * 0.01 / (SIDES_AND_SPREAD * U)
 #: What the last rounding, to the result's dtype, may add on either side, relative to the value.
 LAST = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SMALLEST = 2.0**-24  # float16 has nothing finer near 0
 
 
-def product_error(inputs: int, mul1: float = 0.0) -> float:
-    """Of one rotated product with so many inputs, relative to the size of the result's row, in U; `mul1` as mul1_error
-    gives it."""
-    return math.sqrt(inputs + ROTATIONS) + mul1
+def product_error(inputs: int, rounding: float = 0.0) -> float:
+    """Of one rotated product with so many inputs, relative to the size of the result's row, in U; `rounding` as
+    rounding_error gives it."""
+    return math.sqrt(inputs + ROTATIONS) + rounding
 
 
-class Mul1(enum.Enum):
-    """Where a side multiplies with mul1's weights as they are before their rounding to binary16."""
+class Rounding(enum.Enum):
+    """Where a side multiplies with mul1's weights as they are before their rounding to binary16, or rounds inputs."""
 
-    ROUNDED = "nowhere"
-    UNROUNDED_DECODE = "up to 8 rows"
-    UNROUNDED = "everywhere"
-    BYTES = "everywhere, and with inputs of 8 bits"
+    EXACT = "nowhere"
+    UNROUNDED_DECODE = "mul1 up to 8 rows"
+    UNROUNDED = "mul1"
+    BYTES = "mul1, with inputs of 8 bits"
+    ALL_BYTES = "every codebook, with inputs of 8 bits"
 
 
-def mul1_error(values: Mapping[str, Any], mul1: Mul1) -> float:
+def rounding_error(values: Mapping[str, Any], rounding: Rounding) -> float:
     """What this combination's product may be off by for that, in U."""
     form, few = values["format"], values["rows"] != PREFILL
-    if mul1 is Mul1.ROUNDED or (mul1 is Mul1.UNROUNDED_DECODE and not few) or not (form == MIXED or form[0] == "mul1"):
+    if rounding is Rounding.ALL_BYTES:
+        return BYTES
+    if rounding is Rounding.EXACT or not (form == MIXED or form[0] == "mul1"):
         return 0.0
-    return MUL1_BYTES if mul1 is Mul1.BYTES else MUL1_UNROUNDED
+    if rounding is Rounding.UNROUNDED_DECODE and not few:
+        return 0.0
+    return BYTES if rounding is Rounding.BYTES else MUL1_UNROUNDED
 
 
 def allowed(want: Tensor, relative: float, size: Tensor | None = None) -> Tensor:
@@ -109,12 +114,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Prepared:
-    """`call(inputs)` runs the op; `bounds(the reference's results, how the other side takes mul1)` says what that
+    """`call(inputs)` runs the op; `bounds(the reference's results, how the other side rounds)` says what that
     side may differ by."""
 
     inputs: Any
     call: Callable[[Any], tuple[Tensor, ...]]
-    bounds: Callable[[tuple[Tensor, ...], Mul1], tuple[Tensor, ...]]
+    bounds: Callable[[tuple[Tensor, ...], Rounding], tuple[Tensor, ...]]
     outputs: tuple[str, ...] = ("y",)
 
 
@@ -230,8 +235,8 @@ def prepare_linear(values: Mapping[str, Any], generator: torch.Generator, sizes:
     def call(inputs: Any) -> tuple[Tensor, ...]:
         return (ops.trellis_linear(*inputs, codebook=w.codebook, out_features=outputs),)
 
-    def bounds(want: tuple[Tensor, ...], mul1: Mul1) -> tuple[Tensor, ...]:
-        return (allowed(want[0], product_error(sizes.hidden, mul1_error(values, mul1))),)
+    def bounds(want: tuple[Tensor, ...], rounding: Rounding) -> tuple[Tensor, ...]:
+        return (allowed(want[0], product_error(sizes.hidden, rounding_error(values, rounding))),)
 
     return Prepared((x, w.trellis, w.suh, w.svh, w.bias), call, bounds)
 
@@ -245,7 +250,7 @@ def prepare_dequantize(values: Mapping[str, Any], generator: torch.Generator, si
         rows, columns = sizes.hidden, sizes.intermediate
         return (ops.dequantize(trellis, suh, svh, codebook=w.codebook, in_features=rows, out_features=columns),)
 
-    def bounds(want: tuple[Tensor, ...], mul1: Mul1) -> tuple[Tensor, ...]:
+    def bounds(want: tuple[Tensor, ...], rounding: Rounding) -> tuple[Tensor, ...]:
         """The codebook's values are defined bit by bit; two rotations of them are sums like any other."""
         rotated = values["domain"] == "rotated"
         return (exact(want[0]) if rotated else allowed(want[0], math.sqrt(ROTATIONS), want[0].abs().max().double()),)
@@ -290,9 +295,9 @@ def mixture(
     return Mixture(x, weights, random_ids(generator, tokens, top_k, experts), **stacks)
 
 
-def moe_bound(want: Tensor, sizes: Sizes, mul1: float = 0.0) -> Tensor:
+def moe_bound(want: Tensor, sizes: Sizes, rounding: float = 0.0) -> Tensor:
     """An activation's error is that of gate and up, passed on, and its own; down's product spreads and adds to it."""
-    first, second = (product_error(inputs, mul1) for inputs in (sizes.hidden, sizes.intermediate))
+    first, second = (product_error(inputs, rounding) for inputs in (sizes.hidden, sizes.intermediate))
     return allowed(want, SLOPE * (first + ACTIVATION) + second)
 
 
@@ -305,8 +310,8 @@ def prepare_moe(values: Mapping[str, Any], generator: torch.Generator, sizes: Si
         options = {"activation": values["activation"], "alpha": ALPHA, "limit": LIMIT}
         return (ops.moe_trellis_swiglu(*inputs, intermediate=sizes.intermediate, **options),)
 
-    def bounds(want: tuple[Tensor, ...], mul1: Mul1) -> tuple[Tensor, ...]:
-        return (moe_bound(want[0], sizes, mul1_error(values, mul1)),)
+    def bounds(want: tuple[Tensor, ...], rounding: Rounding) -> tuple[Tensor, ...]:
+        return (moe_bound(want[0], sizes, rounding_error(values, rounding)),)
 
     return Prepared((x, weights, ids, m.gate, m.up, m.down), call, bounds)
 
@@ -342,7 +347,7 @@ def prepare_router(values: Mapping[str, Any], generator: torch.Generator, sizes:
     def call(inputs: Any) -> tuple[Tensor, ...]:
         return tuple(ops.router(*inputs, **options, return_logits=True))
 
-    def bounds(want: tuple[Tensor, ...], mul1: Mul1) -> tuple[Tensor, ...]:
+    def bounds(want: tuple[Tensor, ...], rounding: Rounding) -> tuple[Tensor, ...]:
         """exp turns a logit's absolute error into a relative one of each weight and of the sum it is divided by."""
         weights, ids, logits = want
         # a sum of `hidden` products, with partial sums no larger than the row's largest logits

@@ -61,7 +61,7 @@ class Backend:
         mul1's values to binary16 (metal/device.h), and so do the CPU's integers, which round the inputs (int16.h)."""
         if self.emulated:
             return reference.unrounded(p) if rows <= DECODE_ROWS else p
-        limit = _C.cpu_input_limits()[self.level or _C.cpu_level()]
+        limit = _C.cpu_input_limits()[self.level or _C.cpu_level()][p.codebook]
         return reference.integer(p, limit) if limit else p
 
     def multiplied_experts(self, m: reference.Experts, tokens: int) -> reference.Experts:
@@ -132,7 +132,7 @@ class Ops:
 ops = Ops()
 torch.set_num_threads(1)  # pytest -n gives every core a process; tests of threads set their own count
 # for tests that name no level: they compare with the dense weights
-_C.set_cpu_level([level for level, limit in _C.cpu_input_limits().items() if not limit][-1])
+_C.set_cpu_level([level for level, limits in _C.cpu_input_limits().items() if not any(limits.values())][-1])
 CPU = [Backend("cpu", level) for level in _C.cpu_levels()]
 EMULATED = Backend("cpu", emulated=True)
 

@@ -220,6 +220,20 @@ EMULATED __m512i emulated_multiply_add_ph(__m512i a, __m512i b, __m512i c) {
 #define VFMADD213PH(a, b, c) ((a) = emulated_multiply_add_ph(a, (__m512i)(b), (__m512i)(c)))
 #define VADDPH(sum, a, b) ((sum) = emulated_multiply_add_ph((__m512i)(a), _mm512_set1_epi16(0x3C00), (__m512i)(b)))
 
+/* the nearest integers, in the middle the even ones */
+EMULATED __m512i emulated_words_of_ph(__m512i a) {
+    emulated_zmm in = {a}, out;
+    for (int i = 0; i < 4; i++) {
+        __m128i words, rounded;
+        memcpy(&words, in.words + 8 * i, sizeof words);
+        __m256i dwords = _mm256_cvtps_epi32(_mm256_cvtph_ps(words));
+        rounded = _mm_packs_epi32(_mm256_castsi256_si128(dwords), _mm256_extracti128_si256(dwords, 1));
+        memcpy(out.words + 8 * i, &rounded, sizeof rounded);
+    }
+    return out.whole;
+}
+#define VCVTPH2W(words, a) ((words) = emulated_words_of_ph((__m512i)(a)))
+
 /* ---- instructions: tiles of a thread, always 64 bytes wide ---- */
 
 static _Thread_local struct {
@@ -261,18 +275,26 @@ EMULATED void emulated_tilestored(void *to, int64_t stride, int tile) {
         memcpy((char *)to + i * stride, emulated_tiles.bytes[tile][i], sizeof emulated_tiles.bytes[tile][i]);
 }
 
-/* sums [m, n] += inputs [m, 4 k + i] * products [k, 4 n + i], a row of sums one register: vpdpbusd with one dword of inputs */
-EMULATED void emulated_tdpbsud(int sums, int inputs, int products) {
+/* tdpbsud and, with 0x80 for `sign`, tdpbssd. sums [m, n] += inputs [m, 4 k + i] * weights [k, 4 n + i], a row of sums one register: vpdpbusd with one
+ * dword of inputs. A signed byte w is the unsigned w + 128, or w ^ 0x80, less 128. */
+EMULATED void emulated_tdp(int sums, int inputs, int weights, int sign) {
     emulated_rule(emulated_tiles.rows[sums] && emulated_tiles.rows[sums] == emulated_tiles.rows[inputs], "rows of sums and inputs");
-    emulated_rule(emulated_tiles.rows[products] == 16, "rows of products");
-    emulated_rule(sums != inputs && sums != products && inputs != products, "a tile named twice");
+    emulated_rule(emulated_tiles.rows[weights] == 16, "rows of weights");
+    emulated_rule(sums != inputs && sums != weights && inputs != weights, "a tile named twice");
     for (int m = 0; m < emulated_tiles.rows[sums]; m++) {
         uint8_t(*row)[64] = &emulated_tiles.bytes[sums][m];
         __m512i sum = emulated_loadu_si512(row);
         for (int k = 0; k < 16; k++) {
             int32_t four;
             memcpy(&four, emulated_tiles.bytes[inputs][m] + 4 * k, sizeof four);
-            sum = emulated_vpdpbusd(sum, emulated_loadu_si512(emulated_tiles.bytes[products][k]), emulated_set1_epi32(four));
+            __m512i unsigned_bytes = emulated_loadu_si512(emulated_tiles.bytes[weights][k]), x = emulated_set1_epi32(four);
+            if (sign) {
+                emulated_zmm flipped = {unsigned_bytes}, less = {emulated_vpdpbusd(emulated_set1_epi32(0), emulated_set1_epi32((int)0x80808080), x)}, out = {sum};
+                for (int i = 0; i < 64; i++) flipped.bytes[i] ^= 0x80;
+                for (int i = 0; i < 16; i++) out.dwords[i] -= less.dwords[i];
+                sum = out.whole, unsigned_bytes = flipped.whole;
+            }
+            sum = emulated_vpdpbusd(sum, unsigned_bytes, x);
         }
         memcpy(row, &sum, sizeof sum);
     }
@@ -283,4 +305,5 @@ EMULATED void emulated_tdpbsud(int sums, int inputs, int products) {
 #define TILE_ZERO(tile) emulated_tilezero(tile)
 #define TILE_LOAD(tile, from, stride) emulated_tileloadd(tile, from, stride)
 #define TILE_STORE(to, stride, tile) emulated_tilestored(to, stride, tile)
-#define TILE_MULTIPLY(sums, inputs, products) emulated_tdpbsud(sums, inputs, products)
+#define TILE_MULTIPLY_UNSIGNED(sums, inputs, weights) emulated_tdp(sums, inputs, weights, 0)
+#define TILE_MULTIPLY_SIGNED(sums, inputs, weights) emulated_tdp(sums, inputs, weights, 0x80)

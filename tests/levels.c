@@ -367,7 +367,7 @@ static void hadamard(double *sum, double *absolute, const double *in) {
 enum form { TILED, PAIRED, PAIRED_TWO, PAIRED_CONVERTED, STEPPED, FORMS };
 
 static enum form form_of(const struct mm_kernels *level) {
-    if (level->row_floats(MM_CODEBOOK_3INST) != BLOCK) return TILED;
+    if (!level->input_limits[MM_CODEBOOK_3INST] && level->row_floats(MM_CODEBOOK_3INST) != BLOCK) return TILED;
     if (!strncmp(level->name, "neon", 4)) return STEPPED;
     if (!strncmp(level->name, "avx512-fp16", 11) || !strncmp(level->name, "amx", 3)) return PAIRED_CONVERTED;
     return strncmp(level->name, "avx512", 6) ? PAIRED : PAIRED_TWO;
@@ -407,10 +407,11 @@ static void check_rotations(void) {
     for (int l = 0; l < level_count; l++) {
         const struct mm_kernels *level = levels[l];
         for (int spread = 0; spread < 2; spread++) {
+            if (!spread && level->input_limits[MM_CODEBOOK_3INST]) continue; /* check_integer_products */
             if (spread)
                 level->rotate_grad(out, x, scale, WIDTH, USED);
             else
-                level->rotate_in(out, x, scale, WIDTH, USED, MM_CODEBOOK_3INST); /* in floats at every level */
+                level->rotate_in(out, x, scale, WIDTH, USED, MM_CODEBOOK_3INST);
             enum form form = form_of(level);
             int places = spread ? spread_places(form) : row_places(form);
             for (int first = 0; first < WIDTH; first += BLOCK) {
@@ -464,13 +465,16 @@ static float *dense(const struct mm_weight *weight) {
     return out;
 }
 
-/* Levels that multiply mul1 in integers (int16.h): the weights without their rounding to binary16, the inputs rounded. */
-static bool in_integers(const struct mm_kernels *level, int codebook) { return level->input_limit && codebook == MM_CODEBOOK_MUL1; }
+/* Levels that multiply a codebook in integers: inputs rounded, mul1's weights without their rounding to binary16 (int16.h), the others'
+ * rounded to multiples of 2^-12 (pairs.h). */
+static bool in_integers(const struct mm_kernels *level, int codebook) { return level->input_limits[codebook]; }
 
 /* Of a block's largest input: half a unit, and what the unit's own rounding adds. */
-static double half_step(const struct mm_kernels *level) { return 0.51 / level->input_limit; }
+static double half_step(const struct mm_kernels *level, int codebook) { return 0.51 / level->input_limits[codebook]; }
 
-static double unrounded(double value) { /* mul1's: the rounding moved no value by half a step of the byte sum */
+static double as_integers(double value, int codebook) {
+    if (codebook != MM_CODEBOOK_MUL1) return nearbyint(value * 4096) / 4096; /* in the middle to even, as the instruction does */
+    /* the rounding moved no value by half a step of the byte sum */
     double scale = (double)MM_MUL1_SCALE, bias = (double)MM_MUL1_BIAS;
     return round((value - bias) / scale) * scale + bias;
 }
@@ -498,7 +502,7 @@ static void check_integer_products(const struct mm_kernels *level, const struct 
             for (int i = 0; i < BLOCK; i++) in[i] = (double)x[r * k + b * BLOCK + i];
             hadamard(h + r * k + b * BLOCK, absolute, in);
             error[r * (k / BLOCK) + b] = (HADAMARD_ROUNDINGS + 1) * U * absolute[0] +
-                                         half_step(level) * largest(h + r * k + b * BLOCK, BLOCK);
+                                         half_step(level, weight->codebook) * largest(h + r * k + b * BLOCK, BLOCK);
         }
     }
     static double want[ROWS * BLOCK], bound[ROWS * BLOCK];
@@ -525,13 +529,14 @@ static void check_integer_products(const struct mm_kernels *level, const struct 
     mm_free(h), mm_free(error), mm_free(rows), mm_free(scratch), mm_free(y), mm_free(x), mm_free(ones);
 }
 
-/* One rotated input at a time, so that y is a single weight: it must be nearer to the right one than to a byte sum beside it. */
+/* One rotated input at a time, so that y is a single weight: it must be nearer to the right one than to an integer beside it. */
 static void check_integer_states(const struct mm_kernels *level, const struct mm_weight *weight, const double *w) {
     const int64_t k = weight->k, ld = k / BLOCK * MM_MAX_ROW_FLOATS;
     float *rows = zeros((size_t)(MM_ROW_BLOCK * ld) * sizeof *rows), *y = zeros(MM_ROW_BLOCK * BLOCK * sizeof *y);
     float *scratch = zeros(MM_MULTIPLY_SCRATCH * sizeof *scratch), *x = zeros((size_t)k * sizeof *x);
     uint16_t *ones = zeros((size_t)k * sizeof *ones);
     for (int64_t i = 0; i < k; i++) ones[i] = 0x3C00;
+    double least_step = weight->codebook == MM_CODEBOOK_MUL1 ? (double)MM_MUL1_SCALE : 0x1p-12;
     for (int64_t first = 0; first < k; first += MM_ROW_BLOCK) {
         for (int64_t r = 0; r < MM_ROW_BLOCK; r++) {
             for (int64_t i = 0; i < k; i++)
@@ -544,7 +549,7 @@ static void check_integer_states(const struct mm_kernels *level, const struct mm
             level->multiply(y, weight, block, rows, ld, MM_ROW_BLOCK, scratch);
             for (int64_t i = 0; i < MM_ROW_BLOCK * BLOCK; i++) {
                 double want = w[(first + i / BLOCK) * weight->n + block * BLOCK + i % BLOCK];
-                check_close(level->name, "one weight", i, (double)y[i], want, 0.01 * (double)MM_MUL1_SCALE);
+                check_close(level->name, "one weight", i, (double)y[i], want, 0.01 * least_step);
             }
         }
     }
@@ -561,7 +566,7 @@ static void check_integer_agreement(const struct mm_weight *weight, int input_li
     float *x = random_floats(ROWS * k, 3);
     const struct mm_kernels *first = NULL;
     for (int l = 0; l < level_count; l++) {
-        if (levels[l]->input_limit != input_limit) continue;
+        if (levels[l]->input_limits[weight->codebook] != input_limit) continue;
         if (!first) first = levels[l];
         for (int c = 0; c < (int)(sizeof counts / sizeof *counts); c++) {
             const struct mm_kernels *pair[] = {first, levels[l]};
@@ -601,12 +606,12 @@ static void check_products(int codebook, int rate2) {
         }
     }
     double *exact = zeros(K * N * sizeof *exact);
-    for (int i = 0; codebook == MM_CODEBOOK_MUL1 && i < K * N; i++) exact[i] = unrounded((double)w[i]);
+    for (int i = 0; i < K * N; i++) exact[i] = as_integers((double)w[i], codebook);
     for (int l = 0; l < level_count; l++)
         if (in_integers(levels[l], codebook)) {
             check_integer_products(levels[l], &weight, exact);
             check_integer_states(levels[l], &weight, exact);
-            check_integer_agreement(&weight, levels[l]->input_limit);
+            check_integer_agreement(&weight, levels[l]->input_limits[codebook]);
         }
     for (int transposed = 0; transposed < 2; transposed++) {
         int block = transposed ? 2 : 1, terms = transposed ? N : K;
@@ -756,7 +761,7 @@ static void check_linear(int codebook, int rate2) {
                 for (int i = 0; i < BLOCK; i++)
                     in[i] = k + i < IN ? (double)x[r * IN + k + i] * (double)mm_float_of_half(weight.suh[k + i]) : 0;
                 hadamard(h + k, absolute, in);
-                double step = in_integers(mm_cpu, codebook) ? half_step(mm_cpu) * largest(h + k, BLOCK) : 0;
+                double step = in_integers(mm_cpu, codebook) ? half_step(mm_cpu, codebook) * largest(h + k, BLOCK) : 0;
                 for (int i = 0; i < BLOCK; i++) h_error[k + i] = (HADAMARD_ROUNDINGS + 1) * U * absolute[i] + step;
             }
             for (int n = 0; n < N; n += BLOCK) {
@@ -765,7 +770,7 @@ static void check_linear(int codebook, int rate2) {
                     double error = p[i] = 0;
                     for (int k = 0; k < K; k++) {
                         double value = (double)w[k * N + n + i];
-                        if (in_integers(mm_cpu, codebook)) value = unrounded(value);
+                        if (in_integers(mm_cpu, codebook)) value = as_integers(value, codebook);
                         p[i] += value * h[k];
                         error += fabs(value) * (h_error[k] + ((form_of(mm_cpu) == STEPPED ? BLOCK : BLOCK / 2) + K / BLOCK + 2) * U * fabs(h[k]));
                     }

@@ -155,10 +155,15 @@ class Unrounded(Packed):
     def rotated(self) -> np.ndarray:
         exact = rotated(self.trellis, self.codebook)
         if self.codebook != "mul1":
-            return exact
+            return self.of_pairs(exact)
         scale, offset = np.array([0x1EEE, 0xC931], np.uint16).view(np.float16).astype(np.float64)
         total = np.round((exact - offset) / scale) - 1024  # the rounding moved no value by half a step
         return (1024.0 + total) * scale + offset
+
+    @staticmethod
+    def of_pairs(exact: np.ndarray) -> np.ndarray:
+        """3inst's and mcg's."""
+        return exact
 
     @property
     def hoisted(self) -> float:
@@ -174,10 +179,14 @@ class Unrounded(Packed):
 
 @dataclass(frozen=True, eq=False)
 class Integer(Unrounded):
-    """mul1 as levels in integers multiply it: unrounded weights, every rotated input to a multiple of 1 / `limit` of
-    its block's largest. The integer sums are exact."""
+    """A codebook as levels in integers multiply it: mul1 unrounded, the others rounded to multiples of 2^-12, every
+    rotated input to a multiple of 1 / `limit` of its block's largest. The integer sums are exact."""
 
     limit: int = 0
+
+    @staticmethod
+    def of_pairs(exact: np.ndarray) -> np.ndarray:
+        return np.rint(exact * 4096) / 4096  # both to even in the middle
 
     @property
     def hoisted(self) -> float:
@@ -185,7 +194,7 @@ class Integer(Unrounded):
 
     @property
     def input_steps(self) -> int:
-        return self.limit if self.codebook == "mul1" else 0
+        return self.limit
 
 
 def unrounded(p: Packed) -> Packed:

@@ -22,7 +22,7 @@ import torch
 import metal_marlin._C as _C
 from metal_marlin import mps, ops, selftest
 from metal_marlin.__main__ import main
-from metal_marlin.selftest_cases import AMOUNTS, DECODE_ROWS, DTYPES, FORMATS, MIXED, OPS, Mul1, Sizes, cases_of
+from metal_marlin.selftest_cases import AMOUNTS, DECODE_ROWS, DTYPES, FORMATS, MIXED, OPS, Rounding, Sizes, cases_of
 from metal_marlin.selftest_checks import CHECKS, Check, compare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +45,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def stand_in(during: Callable[[Callable], tuple] | None = None) -> selftest.Target:
     """A target that counts as Metal but is the CPU; `during` may interfere with its calls."""
-    return selftest.Target("stand-in", during or (lambda call: call()), metal=True, mul1=Mul1.UNROUNDED_DECODE)
+    return selftest.Target("stand-in", during or (lambda call: call()), metal=True, rounding=Rounding.UNROUNDED_DECODE)
 
 
 def one_case(name: str = ONE):

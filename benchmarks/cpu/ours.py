@@ -59,7 +59,7 @@ class Ours(Contender):
                 raise Absent(f"this machine runs {', '.join(_C.cpu_levels())}")
             _C.set_cpu_level(options.level)
         torch.set_num_threads(options.threads)
-        self.exact = not _C.cpu_input_limits()[_C.cpu_level()]
+        self.limits = _C.cpu_input_limits()[_C.cpu_level()]
         self.pool: Pool | None = None
 
     def facts(self) -> dict[str, str]:
@@ -70,7 +70,7 @@ class Ours(Contender):
             return [Variant("float32", 32.0, 1e-5, "router")]
         found = []
         for codebook in CODEBOOKS:
-            limit = EXACT if self.exact or codebook != "mul1" else ROUNDED
+            limit = ROUNDED if self.limits[codebook] else EXACT
             for rate2 in _C.RATES2[codebook]:
                 found.append(Variant(f"{codebook} {rate2 / 2:g}", rate2 / 2, limit, codebook))
         return found

@@ -1,13 +1,15 @@
-/* mul1 by AMX's products of 8-bit tiles. Included by a level's file after int16.h: inputs are its rows of 8 bits, halves hold two tiles, and the
- * integer sums are those of INT8_LEVEL. A level defines before: AMX_LEVEL, its name.
+/* Products by AMX's tiles of 8 bits. Included by a level's file after int16.h: inputs are its rows of 8 bits, halves hold two tiles of weights, and
+ * the integer sums are those of INT8_LEVEL. A level defines before: AMX_LEVEL, its name.
  *
- * The bytes of the products are multiplied as they come, without being summed first, as INT8_LEVEL does for one row: an input stands twice in a
- * row, once for each byte of a halfword. 32 inputs are 64 bytes of a row, and what two tiles under each other and two side by side decode to is
- * four tiles of AMX, side by half: a register of halfwords is one row of such a tile, its dwords the 16 columns, each with the two inputs
- * that neighbouring lanes share. */
+ * Up to a tile of rows of mul1, the bytes of the products are multiplied as they come, as INT8_LEVEL does for one row: an input stands twice in a
+ * row, once for each byte of a halfword. 32 inputs are 64 bytes of a row, and what two tiles under each other and two side by side decode to
+ * is four tiles of AMX, side by half: a register of halfwords is one row of such a tile, its dwords the 16 columns, each with the two inputs
+ * that neighbouring lanes share. For more rows, and for 3inst and mcg, weights become integers of 16 bits first, whose lower and upper bytes are
+ * multiplied for themselves: two bytes a weight instead of four. */
 
 #define AMX_TILE 16 /* rows of a tile, and dwords in each */
-#define MOST_DIRECT_ROWS 3 /* that INT8_LEVEL multiplies as fast: a panel of products costs 256 stores */
+#define MOST_DIRECT_ROWS 3          /* that INT8_LEVEL multiplies as fast: a panel costs 128 or 256 stores */
+#define MOST_PRODUCT_ROWS AMX_TILE /* of mul1: then its byte sums, which take longer to decode, pay */
 
 struct amx_config { /* as ldtilecfg reads it */
     uint8_t palette, start_row, unused[14];
@@ -16,23 +18,20 @@ struct amx_config { /* as ldtilecfg reads it */
 };
 _Static_assert(sizeof(struct amx_config) == 64, "Intel's manual");
 
-/* The tile registers: sums of two sides for two tiles of rows, their inputs, and two for products, so that one is loaded while the other is
- * at work. */
-#define SUMS(rows, side) (2 * (rows) + (side))
+/* The tile registers: four for sums, two for the inputs of two tiles of rows, and two for weights, so that one is loaded while the other is at
+ * work. */
+#define SUMS(i, j) (2 * (i) + (j))
 #define INPUTS(rows) (4 + (rows))
-#define PRODUCTS(half) (6 + (half))
+#define WEIGHTS(part) (6 + (part))
 
 static void amx_configure(int rows) {
     struct amx_config config = {.palette = 1};
     for (int tile = 0; tile < 8; tile++) {
         config.row_bytes[tile] = 64;
-        config.rows[tile] = (uint8_t)(tile < PRODUCTS(0) ? rows : AMX_TILE);
+        config.rows[tile] = (uint8_t)(tile < WEIGHTS(0) ? rows : AMX_TILE);
     }
     TILE_CONFIGURE(config);
 }
-
-#define QUARTERS (BLOCK_TILES / 2) /* two tiles under each other: 64 bytes of a row */
-#define QUARTER (4 * AMX_TILE)     /* halves of it: side, half, AMX_TILE */
 
 /* One or two tiles of rows times a panel of 128 inputs. The last tile may begin before the rows that are left; those that were summed already
  * are left out then. */
@@ -46,54 +45,26 @@ struct amx_pass {
 
 struct amx_run {
     int64_t ld, rows, tile_rows;
+    int shift; /* a sum has two parts, of which the second counts 2^shift */
     halves *panel;
-    sums32 *sums;            /* of the pass before: [tile, side, AMX_TILE]; of a lone tile [half, side, AMX_TILE] */
+    sums32 *sums;            /* of the pass before: [side, tile, part, AMX_TILE] */
     struct amx_pass pending; /* what they belong to: added to y while the next pass is under way */
 };
-
-/* quarter [side, half, 16]: the products of two columns' next two tiles; rate2 is a constant when inlined */
-INLINE void decode_quarter(halves *quarter, struct column *column, int rate2) {
-    for (int t = 0; t < 2; t++, column->tile += column->stride, quarter += STEPS) {
-        prefetch_tiles(column->tile, column->ahead, TILES * MM_TILE_BYTES(rate2));
-        FOR_PRODUCTS(j, low, high, column->tile, rate2, {
-            int side = j / 4 % 2, step = j / 8 * 4 + j % 4;
-            quarter[side * 2 * AMX_TILE + step] = low;
-            quarter[(side * 2 + 1) * AMX_TILE + step] = high;
-        });
-    }
-}
-
-/* The tile registers' sums += a quarter. A lone tile of rows has the upper halves' products in the other's place: a sum would wait for its own
- * last addition. */
-INLINE void multiply_quarter(const halves *quarter, const int8_t *first, const int8_t *second, int64_t stride) {
-    TILE_LOAD(INPUTS(0), first, stride);
-    if (second) TILE_LOAD(INPUTS(1), second, stride);
-#define X(side)                                                               \
-    TILE_LOAD(PRODUCTS(0), quarter + 2 * side * AMX_TILE, 64);                \
-    TILE_MULTIPLY(SUMS(0, side), INPUTS(0), PRODUCTS(0));                     \
-    if (second) TILE_MULTIPLY(SUMS(1, side), INPUTS(1), PRODUCTS(0));         \
-    TILE_LOAD(PRODUCTS(1), quarter + (2 * side + 1) * AMX_TILE, 64);          \
-    if (second) TILE_MULTIPLY(SUMS(0, side), INPUTS(0), PRODUCTS(1));         \
-    if (second) TILE_MULTIPLY(SUMS(1, side), INPUTS(1), PRODUCTS(1));         \
-    if (!second) TILE_MULTIPLY(SUMS(1, side), INPUTS(0), PRODUCTS(1));
-    X(0) X(1)
-#undef X
-}
+#define SUMS_AT(side, tile, part) ((((side) * 2 + (tile)) * 2 + (part)) * AMX_TILE)
 
 static void clear_sums(void) {
-    TILE_ZERO(SUMS(0, 0));
-    TILE_ZERO(SUMS(0, 1));
-    TILE_ZERO(SUMS(1, 0));
-    TILE_ZERO(SUMS(1, 1));
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
 }
 
-/* Ends a pass. */
-static void take_sums(struct amx_run *run, const struct amx_pass *pass) {
-    TILE_STORE(run->sums, 64, SUMS(0, 0));
-    TILE_STORE(run->sums + AMX_TILE, 64, SUMS(0, 1));
-    TILE_STORE(run->sums + 2 * AMX_TILE, 64, SUMS(1, 0));
-    TILE_STORE(run->sums + 3 * AMX_TILE, 64, SUMS(1, 1));
-    run->pending = *pass;
+/* Of a lone tile of rows: [side, part] */
+static void take_lone_sums(struct amx_run *run) {
+    TILE_STORE(run->sums + SUMS_AT(0, 0, 0), 64, SUMS(0, 0));
+    TILE_STORE(run->sums + SUMS_AT(0, 0, 1), 64, SUMS(0, 1));
+    TILE_STORE(run->sums + SUMS_AT(1, 0, 0), 64, SUMS(1, 0));
+    TILE_STORE(run->sums + SUMS_AT(1, 0, 1), 64, SUMS(1, 1));
     clear_sums();
 }
 
@@ -111,10 +82,10 @@ static void add_pending(struct amx_run *run) {
     if (!pass->y) return;
     for (int64_t r = pass->done; r < pass->end; r++) {
         int tile = r >= pass->first[0] + run->tile_rows;
-        const sums32 *sums = run->sums + 2 * tile * AMX_TILE + r - pass->first[tile];
+        const sums32 *sums = run->sums + r - pass->first[tile];
         const struct row16 *in = (const struct row16 *)(const void *)(pass->row + r * run->ld);
-        sums32 left = sums[0] + in->offset, right = sums[AMX_TILE] + in->offset;
-        if (pass->tiles == 1) left += sums[2 * AMX_TILE], right += sums[3 * AMX_TILE];
+        sums32 left = sums[SUMS_AT(0, tile, 0)] + (sums[SUMS_AT(0, tile, 1)] << run->shift) + in->offset;
+        sums32 right = sums[SUMS_AT(1, tile, 0)] + (sums[SUMS_AT(1, tile, 1)] << run->shift) + in->offset;
         add_both_sides(pass->y + r * MM_HADAMARD, left, right, in->scale);
     }
     run->pending.y = 0;
@@ -129,73 +100,179 @@ static struct amx_pass pass_of(const struct amx_run *run, float *y, const float 
     return pass;
 }
 
-INLINE void multiply_pass(struct amx_run *run, const struct amx_pass *pass) {
-    const int8_t *first = ((const struct row8 *)(const void *)(pass->row + pass->first[0] * run->ld))->repeated;
-    const int8_t *second = ((const struct row8 *)(const void *)(pass->row + pass->first[1] * run->ld))->repeated;
+static const struct row8 *inputs_of(const struct amx_run *run, const struct amx_pass *pass, int tile) {
+    return (const struct row8 *)(const void *)(pass->row + pass->first[tile] * run->ld);
+}
+
+/* ---- the bytes of products: mul1, few rows ---- */
+
+#define QUARTERS (BLOCK_TILES / 2) /* two tiles under each other: 64 bytes of a row */
+#define QUARTER (4 * AMX_TILE)     /* halves of it: side, half, AMX_TILE */
+
+/* quarter [side, half, 16]: the products of two columns' next two tiles; rate2 is a constant when inlined */
+INLINE void decode_quarter(halves *quarter, struct column *column, int rate2) {
+    for (int t = 0; t < 2; t++, column->tile += column->stride, quarter += STEPS) {
+        prefetch_tiles(column->tile, column->ahead, TILES * MM_TILE_BYTES(rate2));
+        FOR_PRODUCTS(j, low, high, column->tile, rate2, {
+            int side = j / 4 % 2, step = j / 8 * 4 + j % 4;
+            quarter[side * 2 * AMX_TILE + step] = low;
+            quarter[(side * 2 + 1) * AMX_TILE + step] = high;
+        });
+    }
+}
+
+/* For one tile of rows. The registers' sums are [side, half of a product]: each would wait for its own last addition. */
+INLINE void multiply_product_pass(struct amx_run *run, const struct amx_pass *pass) {
+    const int8_t *inputs = inputs_of(run, pass, 0)->repeated;
     int64_t ld = run->ld * (int64_t)sizeof(float);
     for (int quarter = 0; quarter < QUARTERS; quarter++) {
-        if (pass->tiles == 2)
-            multiply_quarter(run->panel + quarter * QUARTER, first + 64 * quarter, second + 64 * quarter, ld);
-        else
-            multiply_quarter(run->panel + quarter * QUARTER, first + 64 * quarter, 0, ld);
+        const halves *weights = run->panel + quarter * QUARTER;
+        TILE_LOAD(INPUTS(0), inputs + 64 * quarter, ld);
+#define X(side, half)                                                       \
+    TILE_LOAD(WEIGHTS(half), weights + (2 * (side) + (half)) * AMX_TILE, 64); \
+    TILE_MULTIPLY_UNSIGNED(SUMS(side, half), INPUTS(0), WEIGHTS(half));
+        X(0, 0) X(0, 1) X(1, 0) X(1, 1)
+#undef X
         if (quarter == 0) add_pending(run);
     }
-    take_sums(run, pass);
+    take_lone_sums(run);
 }
 
-/* y [rows, 32 columns of 128] += 128 inputs of the rows times two columns of 8 tiles; rate2 is a constant when inlined. (Slower: decoding a
- * quarter while the one before is multiplied, whether from two quarters in turn or from two panels.) */
-INLINE void multiply_panel_of(struct amx_run *run, float *y, struct column column, const float *row, int rate2) {
-    for (int quarter = 0; quarter < QUARTERS; quarter++) decode_quarter(run->panel + quarter * QUARTER, &column, rate2);
-    for (int64_t done = 0; done < run->rows;) {
-        struct amx_pass pass = pass_of(run, y, row, done);
-        multiply_pass(run, &pass);
-        done = pass.end;
-    }
+/* panel: the products of two columns of 8 tiles; rate2 is a constant when inlined. (Slower: decoding a quarter while the one before is
+ * multiplied, whether from two quarters in turn or from two panels.) */
+INLINE void decode_products(halves *panel, struct column column, int rate2) {
+    for (int quarter = 0; quarter < QUARTERS; quarter++) decode_quarter(panel + quarter * QUARTER, &column, rate2);
 }
 
-#define X(rate2)                                                                                                \
-    static void multiply_panel_##rate2(struct amx_run *run, float *y, struct column column, const float *row) { \
-        multiply_panel_of(run, y, column, row, rate2);                                                          \
-    }
+#define X(rate2) \
+    static void decode_products_##rate2(halves *panel, const struct column *column) { decode_products(panel, *column, rate2); }
 MM_ALL_RATES2(X)
 #undef X
 
-typedef void (*panel_multiplier)(struct amx_run *run, float *y, struct column column, const float *row);
-
-static panel_multiplier panel_multiplier_of(int rate2) {
+static sums_decoder products_decoder_of(int rate2) {
     switch (rate2) {
 #define X(rate2) \
-    case rate2: return multiply_panel_##rate2;
+    case rate2: return decode_products_##rate2;
         MM_ALL_RATES2(X)
 #undef X
     default: return 0;
     }
 }
 
+/* ---- the bytes of integers, byte sums (mul1) or pairs.h's, lower and upper ones multiplied for themselves ---- */
+
+#define PANEL_HALVES 2 /* four tiles under each other: 64 inputs, a byte each */
+#define PANEL_AT(half, side, part) ((((half) * 2 + (side)) * 2 + (part)) * AMX_TILE)
+
+/* panel [half, side, lower and upper bytes, 16]: a halfword has steps s and s + 4 of a tile */
+INLINE void split_states(halves *panel, const halves *states, uint32_t multiplier, uint32_t addend, int codebook) {
+    for (int t = 0; t < BLOCK_TILES; t++, states += POSITIONS)
+        UNROLL(8) for (int i = 0; i < POSITIONS / 2; i++) {
+            halves a = states[i], b = states[i + 8];
+            if (codebook != MM_CODEBOOK_MUL1) a = integers_of_states(a, multiplier, addend), b = integers_of_states(b, multiplier, addend);
+            halves *out = panel + PANEL_AT(t / 4, i / 4, 0) + t % 4 * 4 + i % 4;
+            out[0] = (a & 0xFF) | b << 8;
+            out[AMX_TILE] = a >> 8 | (b & 0xFF00);
+        }
+}
+
+static void decode_bytes(halves *panel, const struct mm_weight *weight, const struct column *column) {
+    halves states[BLOCK_TILES * POSITIONS]; /* or mul1's byte sums */
+    if (weight->codebook == MM_CODEBOOK_MUL1)
+        decoder_of(weight->rate2)(states, column);
+    else
+        cutter_of(weight->rate2)(states, column, BLOCK_TILES);
+    switch (weight->codebook) {
+#define X(id, name, multiplier, addend, half_rates) \
+    case id: split_states(panel, states, multiplier, addend, id); break;
+        MM_CODEBOOKS(X)
+#undef X
+    default: break;
+    }
+}
+
+INLINE void multiply_half(const halves *panel, int half, int side, bool alone) {
+#define X(part, MULTIPLY)                                                  \
+    TILE_LOAD(WEIGHTS(part), panel + PANEL_AT(half, side, part), 64);       \
+    if (alone && side == 0) MULTIPLY(SUMS(0, part), INPUTS(0), WEIGHTS(part)); \
+    if (alone && side == 1) MULTIPLY(SUMS(1, part), INPUTS(0), WEIGHTS(part)); \
+    if (!alone) MULTIPLY(SUMS(0, part), INPUTS(0), WEIGHTS(part));         \
+    if (!alone) MULTIPLY(SUMS(1, part), INPUTS(1), WEIGHTS(part));
+    X(0, TILE_MULTIPLY_UNSIGNED) X(1, TILE_MULTIPLY_SIGNED)
+#undef X
+}
+
+/* The registers' sums are [tile, part] of a side, or [side, part] of a lone tile. */
+INLINE void multiply_integer_pass(struct amx_run *run, const struct amx_pass *pass) {
+    const int8_t *first = inputs_of(run, pass, 0)->once, *second = inputs_of(run, pass, 1)->once;
+    int64_t ld = run->ld * (int64_t)sizeof(float);
+    if (pass->tiles == 1) {
+        for (int half = 0; half < PANEL_HALVES; half++) {
+            TILE_LOAD(INPUTS(0), first + 64 * half, ld);
+            multiply_half(run->panel, half, 0, true);
+            multiply_half(run->panel, half, 1, true);
+        }
+        add_pending(run);
+        take_lone_sums(run);
+        return;
+    }
+    for (int side = 0; side < 2; side++) {
+        for (int half = 0; half < PANEL_HALVES; half++) {
+            TILE_LOAD(INPUTS(0), first + 64 * half, ld);
+            TILE_LOAD(INPUTS(1), second + 64 * half, ld);
+            multiply_half(run->panel, half, side, false);
+        }
+        add_pending(run);
+        TILE_STORE(run->sums + SUMS_AT(side, 0, 0), 64, SUMS(0, 0));
+        TILE_STORE(run->sums + SUMS_AT(side, 0, 1), 64, SUMS(0, 1));
+        TILE_STORE(run->sums + SUMS_AT(side, 1, 0), 64, SUMS(1, 0));
+        TILE_STORE(run->sums + SUMS_AT(side, 1, 1), 64, SUMS(1, 1));
+        clear_sums();
+    }
+}
+
+/* ---- both ---- */
+
 static void multiply_amx(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
                          float *scratch) {
-    if (weight->codebook != MM_CODEBOOK_MUL1 || rows <= MOST_DIRECT_ROWS) {
+    if (rows <= MOST_DIRECT_ROWS) {
         multiply_int8(y, weight, block, row, ld, rows, scratch);
         return;
     }
-    panel_multiplier multiply_one = panel_multiplier_of(weight->rate2);
+    bool products = weight->codebook == MM_CODEBOOK_MUL1 && rows <= MOST_PRODUCT_ROWS;
+    sums_decoder decode = products_decoder_of(weight->rate2);
     int64_t row_tiles = (rows + AMX_TILE - 1) / AMX_TILE;
-    struct amx_run run = {.ld = ld, .rows = rows, .tile_rows = (rows + row_tiles - 1) / row_tiles, .panel = (halves *)(void *)scratch};
+    struct amx_run run = {.ld = ld, .rows = rows, .tile_rows = (rows + row_tiles - 1) / row_tiles, .shift = products ? 0 : 8,
+                          .panel = (halves *)(void *)scratch};
     run.sums = (sums32 *)(void *)(run.panel + QUARTERS * QUARTER);
     amx_configure((int)run.tile_rows);
     clear_sums();
     start_columns(y, row, ld, rows, weight->k / MM_HADAMARD, ROW8_FLOATS);
-    for (int64_t b = 0; b < weight->k / MM_HADAMARD; b++)
-        for (int j = 0; j < BLOCK_TILES; j += TILES)
-            multiply_one(&run, y + j * MM_TILE, column_of(weight, block, b, j, TILES, false), row + b * ROW8_FLOATS);
+    for (int64_t b = 0; b < weight->k / MM_HADAMARD; b++) {
+        struct column column = column_of(weight, block, b, 0, TILES, false);
+        for (int j = 0; j < BLOCK_TILES; j += TILES, column.tile += TILES * MM_TILE_BYTES(weight->rate2)) {
+            if (products)
+                decode(run.panel, &column);
+            else
+                decode_bytes(run.panel, weight, &column);
+            for (int64_t done = 0; done < rows;) {
+                struct amx_pass pass = pass_of(&run, y + j * MM_TILE, row + b * ROW8_FLOATS, done);
+                if (products)
+                    multiply_product_pass(&run, &pass);
+                else
+                    multiply_integer_pass(&run, &pass);
+                run.pending = pass;
+                done = pass.end;
+            }
+        }
+    }
     add_pending(&run);
     TILE_RELEASE();
 }
 
 static const struct mm_kernels kernels_amx = {
     .name = AMX_LEVEL,
-    .input_limit = INT8_MAX,
+    .input_limits = INT8_LIMITS,
     .prepare = prepare,
     .row_floats = row_floats_int8,
     .rotate_in = rotate_in_int8,

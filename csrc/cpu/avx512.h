@@ -33,6 +33,30 @@ INLINE floats repeat_pair(const float *pair) {
 #define LANE_TILE(vector, lane) ((vector) & 1) /* converted 16 lanes at a time */
 #define LANE_COLUMN(vector, lane) (8 * ((vector) / 2) + (lane) / 2)
 
+/* Two binary16 numbers added, from a product's halves. */
+INLINE __m512i sum_of_pair(halves low, halves high, uint32_t addend, uint32_t flip) {
+    const halves zero = {0}, first = zero + (uint16_t)addend, kept = zero + (uint16_t)MM_PAIR_AND, flipped = zero + (uint16_t)flip;
+    __m512i sum;
+    if (addend) {
+        low += first;
+        high += (uint16_t)(addend >> 16);
+        __mmask32 carry = _mm512_cmplt_epu16_mask((__m512i)low, (__m512i)first);
+        high = (halves)_mm512_mask_add_epi16((__m512i)high, carry, (__m512i)high, _mm512_set1_epi16(1));
+    }
+    _Static_assert(MM_PAIR_AND >> 16 == (MM_PAIR_AND & 0xFFFFu) && MM_PAIR_XOR >> 16 == (MM_PAIR_XOR & 0xFFFFu), "both halves");
+    VADDPH(sum, (low & kept) ^ flipped, (high & kept) ^ flipped);
+    return sum;
+}
+
+/* The upper three bits of both exponents turn from 011 to 110, which is the number 4096 times. */
+#define PAIR_SCALE_FLIP 0x5000u
+INLINE halves integers_of_pairs(halves low, halves high, uint32_t addend) {
+    __m512i sum = sum_of_pair(low, high, addend, MM_PAIR_XOR ^ PAIR_SCALE_FLIP);
+    VCVTPH2W(sum, sum);
+    return (halves)sum;
+}
+#define INTEGERS_OF_PAIRS integers_of_pairs
+
 /* The format's own arithmetic: two binary16 numbers added, or one multiply-add, rounded once. */
 INLINE void values_of_products(floats (*out)[2], halves *low, halves *high, uint32_t addend, int codebook) {
     const halves zero = {0};
@@ -43,16 +67,7 @@ INLINE void values_of_products(floats (*out)[2], halves *low, halves *high, uint
             value = (__m512i)(sums_of_bytes(low[i], high[i]) + (uint16_t)0x6400);
             VFMADD213PH(value, scale, bias);
         } else {
-            if (addend) {
-                const halves first = zero + (uint16_t)addend;
-                low[i] += first;
-                high[i] += (uint16_t)(addend >> 16);
-                __mmask32 carry = _mm512_cmplt_epu16_mask((__m512i)low[i], (__m512i)first);
-                high[i] = (halves)_mm512_mask_add_epi16((__m512i)high[i], carry, (__m512i)high[i], _mm512_set1_epi16(1));
-            }
-            const halves kept = zero + (uint16_t)MM_PAIR_AND, flip = zero + (uint16_t)MM_PAIR_XOR;
-            _Static_assert(MM_PAIR_AND >> 16 == (MM_PAIR_AND & 0xFFFFu) && MM_PAIR_XOR >> 16 == (MM_PAIR_XOR & 0xFFFFu), "both halves");
-            VADDPH(value, (low[i] & kept) ^ flip, (high[i] & kept) ^ flip);
+            value = sum_of_pair(low[i], high[i], addend, MM_PAIR_XOR);
         }
         out[i][0] = (floats)_mm512_cvtph_ps(_mm512_castsi512_si256(value));
         out[i][1] = (floats)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(value, 1));

@@ -13,9 +13,10 @@
 #define VPDPWSSD(sums, a, b) __asm__("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b))
 #define VPDPBUSD(sums, a, b) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b))
 
-/* Binary16, rounded once: sum = a + b, and a = a * b + c. By hand, since clang's headers have the intrinsics only where a whole file is
+/* Binary16, rounded once: sum = a + b, and a = a * b + c; words = a's nearest integers. By hand, since clang's headers have the intrinsics only where a whole file is
  * compiled for them; so it is with the tiles. */
 #define VADDPH(sum, a, b) __asm__("vaddph %2, %1, %0" : "=v"(sum) : "v"(a), "v"(b))
+#define VCVTPH2W(words, a) __asm__("vcvtph2w %1, %0" : "=v"(words) : "v"(a))
 #define VFMADD213PH(a, b, c) __asm__("vfmadd213ph %2, %1, %0" : "+v"(a) : "v"(b), "v"(c))
 
 #define TILE_CONFIGURE(config) __asm__ volatile("ldtilecfg %0" ::"m"(config))
@@ -25,9 +26,11 @@
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"((int64_t)(stride)), "i"(tile) : "memory")
 #define TILE_STORE(to, stride, tile) \
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"((int64_t)(stride)), "i"(tile) : "memory")
-/* sums += signed bytes of `inputs` times unsigned bytes of `products` */
-#define TILE_MULTIPLY(sums, inputs, products) \
-    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(inputs), "i"(products))
+/* sums += signed bytes of `inputs` times unsigned or signed bytes of `weights` */
+#define TILE_MULTIPLY_UNSIGNED(sums, inputs, weights) \
+    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(inputs), "i"(weights))
+#define TILE_MULTIPLY_SIGNED(sums, inputs, weights) \
+    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(inputs), "i"(weights))
 
 /* Linux saves the tiles only for processes that asked: 8 KB a thread, and room for them on every signal's stack. */
 #if defined(__linux__)

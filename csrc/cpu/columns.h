@@ -105,14 +105,14 @@ BEGIN_TARGET(LEVEL_TARGET)
 #endif
 
 /* panel [tiles, 16, 4]: up to 8 tiles of a column */
-static void decode_panel(floats *panel, const struct mm_weight *weight, struct column column, int64_t tiles) {
+static void decode_panel(floats *panel, const struct mm_weight *weight, const struct column *column, int64_t tiles) {
     halves states[BLOCK_TILES * 32];
     cutter_of(weight->rate2)(states, column, tiles);
     DECODE(panel, NULL, NULL, states, tiles, weight->codebook);
 }
 
 /* y [16] += a row times a column of 8 tiles: as decode_panel and multiply_panel, term by term */
-static void multiply_column(float *y, const struct mm_weight *weight, struct column column, const float *row) {
+static void multiply_column(float *y, const struct mm_weight *weight, const struct column *column, const float *row) {
     halves states[BLOCK_TILES * 32];
     cutter_of(weight->rate2)(states, column, BLOCK_TILES);
     DECODE(NULL, y, row, states, BLOCK_TILES, weight->codebook);
@@ -150,10 +150,10 @@ static void multiply(float *y, const struct mm_weight *weight, int64_t block, co
         for (int64_t k = 0; k < weight->k; k += MM_HADAMARD) {
             struct column column = column_of(weight, block, k / MM_HADAMARD, j, 1, true);
             if (rows == 1) {
-                multiply_column(out, weight, column, row + k);
+                multiply_column(out, weight, &column, row + k);
                 continue;
             }
-            decode_panel(panel, weight, column, BLOCK_TILES);
+            decode_panel(panel, weight, &column, BLOCK_TILES);
             int64_t r = 0;
 #define X(count) \
     for (; r + count <= rows; r += count) multiply_panel(out + r * MM_HADAMARD, panel, row + r * ld + k, ld, count);
@@ -171,7 +171,7 @@ static void multiply_transposed(float *dx, const struct mm_weight *weight, int64
         const uint8_t *tiles = weight->tiles + (block * BLOCK_TILES + kt) * n_tiles * tile_bytes;
         memset(sums, 0, (size_t)(rows * MM_TILE) * sizeof *sums);
         for (int64_t j = 0; j < n_tiles; j++) {
-            decode_panel(tile, weight, (struct column){.tile = tiles + j * tile_bytes}, 1);
+            decode_panel(tile, weight, &(struct column){.tile = tiles + j * tile_bytes}, 1);
             for (int64_t r = 0; r < rows; r++) {
                 const float *grad = spread + r * 4 * weight->n + j * MM_TILE;
                 for (int step = 0; step < MM_TILE; step++)
@@ -189,7 +189,8 @@ static void multiply_transposed(float *dx, const struct mm_weight *weight, int64
 static void decode_block(float *out, const struct mm_weight *weight, int64_t k_block, int64_t n_block) {
     floats panel[BLOCK_TILES * TILE_VECTORS];
     for (int j = 0; j < BLOCK_TILES; j++) {
-        decode_panel(panel, weight, column_of(weight, n_block, k_block, j, 1, true), BLOCK_TILES);
+        struct column column = column_of(weight, n_block, k_block, j, 1, true);
+        decode_panel(panel, weight, &column, BLOCK_TILES);
         for (int row = 0; row < MM_HADAMARD; row++)
             memcpy(out + (row / MM_TILE * MM_TILE + STEP_ROW(row % MM_TILE)) * MM_HADAMARD + j * MM_TILE, panel + row * ROW_VECTORS,
                    ROW_VECTORS * sizeof *panel);

@@ -67,8 +67,9 @@ static inline int64_t mm_row_stride(int64_t floats) { return floats | 16; }
  * 16 columns 8 groups, column c four times and column c+8 four times. */
 struct mm_kernels {
     const char *name;
-    int input_limit; /* 0: multiplies with the format's weights and float32 inputs. Else mul1's inputs are rounded to integers of at
-                        most this in every block of 128 (int16.h) */
+    /* Of each codebook. 0: multiplies with the format's weights and float32 inputs. Else inputs are rounded to integers of at most this in every
+     * block of 128, and weights are integers (int16.h, pairs.h). */
+    int input_limits[MM_CODEBOOK_COUNT];
     void (*prepare)(void); /* builds the level's tables; called when the level becomes active, may run again */
     void (*load)(float *out, const void *in, enum mm_float type, int64_t stride, int64_t count);
     void (*store)(void *out, const float *in, enum mm_float type, int64_t count);

@@ -36,6 +36,7 @@
 #include "cpu/funnel.h"
 
 #define CENTRE 510 /* of the byte sums, 0 .. 1020: halves the sums, so that 128 products of 16 bits stay within 32 */
+#define PAIR_SCALE 4096 /* of the integers that stand for 3inst's and mcg's weights (pairs.h) */
 
 #define LANES ((int)(sizeof(halves) / sizeof(uint16_t)))
 #define TILES (LANES * POSITIONS / MM_TILE_WEIGHTS) /* side by side */
@@ -55,7 +56,7 @@ _Static_assert(sizeof(struct row16) == 320, "whole cache lines");
 #define ROW16_FLOATS ((int64_t)(sizeof(struct row16) / sizeof(float)))
 
 /* v [128], rotated, to integers of at most `limit`. A NaN or Inf makes the block NaN; a block whose largest value is below 1e-34 counts as 0. */
-INLINE void quantize(struct row16 *row, const vec8 *v, float limit) {
+INLINE void quantize(struct row16 *row, const vec8 *v, float limit, int codebook) {
     ivec8 largest[2] = {{0}, {0}}, sums = {0}; /* sizes compare as integers, NaN above Inf above all others */
     for (int i = 0; i < 16; i++) {
         ivec8 size = (ivec8)v[i] & 0x7FFFFFFF, more = size > largest[i % 2];
@@ -73,6 +74,12 @@ INLINE void quantize(struct row16 *row, const vec8 *v, float limit) {
     }
     int32_t total = 0;
     for (int i = 0; i < 8; i++) total += sums[i];
+    if (codebook != MM_CODEBOOK_MUL1) {
+        row->scale = unit / PAIR_SCALE + bad;
+        row->constant = bad;
+        row->offset = 0;
+        return;
+    }
     row->scale = MM_MUL1_SCALE * unit + bad;
     row->constant = ((1024 + CENTRE) * MM_MUL1_SCALE + MM_MUL1_BIAS) * unit * (float)total + bad;
     row->offset = -CENTRE * total;
@@ -91,7 +98,7 @@ static void rotate_in_int16(float *row, const float *x, const uint16_t *suh, int
     for (int64_t i = 0; i < k; i += MM_HADAMARD, row += ROW16_FLOATS) {
         vec8 rotated[16];
         scale_rotate(rotated, x + i, suh + i, used - i);
-        quantize((struct row16 *)(void *)row, rotated, INT16_MAX);
+        quantize((struct row16 *)(void *)row, rotated, INT16_MAX, codebook);
     }
 }
 #endif
@@ -118,11 +125,11 @@ INLINE void decode_sums(halves *panel, struct column column, int rate2) {
 }
 
 #define X(rate2) \
-    static void decode_sums_##rate2(halves *panel, struct column column) { decode_sums(panel, column, rate2); }
+    static void decode_sums_##rate2(halves *panel, const struct column *column) { decode_sums(panel, *column, rate2); }
 MM_ALL_RATES2(X)
 #undef X
 
-typedef void (*sums_decoder)(halves *panel, struct column column);
+typedef void (*sums_decoder)(halves *panel, const struct column *column);
 
 static sums_decoder decoder_of(int rate2) {
     switch (rate2) {
@@ -143,6 +150,15 @@ INLINE void add_columns(float *y, const sums32 *sums, int side, float scale) {
         *out += __builtin_convertvector(columns[tile], vec8) * scale;
     }
 }
+
+#ifdef INTEGERS_OF_PAIRS
+#include "cpu/pairs.h"
+#define IN_8_BITS(codebook) true
+#define INT8_LIMITS {INT8_MAX, INT8_MAX, INT8_MAX}
+#else
+#define IN_8_BITS(codebook) ((codebook) == MM_CODEBOOK_MUL1)
+#define INT8_LIMITS {[MM_CODEBOOK_MUL1] = INT8_MAX}
+#endif
 
 /* y [rows, 16 TILES columns of 128] += one block of the rows times a panel; rows is a constant when inlined. Few rows have several
  * sums each, since one would wait for its own last addition. */
@@ -186,15 +202,19 @@ static void start_columns(float *y, const float *row, int64_t ld, int64_t rows, 
 static void multiply_integers(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
                               int64_t block_floats, float *scratch) {
     halves *panel = (halves *)(void *)scratch;
-    sums_decoder decode = decoder_of(weight->rate2);
-    int64_t blocks = weight->k / MM_HADAMARD;
+    sums_decoder decode = weight->codebook == MM_CODEBOOK_MUL1 ? decoder_of(weight->rate2) : 0;
+    int64_t blocks = weight->k / MM_HADAMARD, tile_bytes = MM_TILE_BYTES(weight->rate2);
     start_columns(y, row, ld, rows, blocks, block_floats);
     for (int64_t b = 0; b < blocks; b++) { /* then its columns: tiles side by side lie in the same pages */
         const float *in = row + b * block_floats;
-        for (int j = 0; j < BLOCK_TILES; j += TILES) {
+        struct column column = column_of(weight, block, b, 0, TILES, false);
+        for (int j = 0; j < BLOCK_TILES; j += TILES, column.tile += TILES * tile_bytes) {
             float *out = y + j * MM_TILE;
             int64_t r = 0;
-            decode(panel, column_of(weight, block, b, j, TILES, false));
+            if (decode) decode(panel, &column);
+#ifdef INTEGERS_OF_PAIRS
+            else decode_pairs(panel, weight, &column);
+#endif
 #define X(count)                                  \
     for (; count <= MOST_ROWS && r + count <= rows; r += count) \
         multiply_sums_rows(out + r * MM_HADAMARD, panel, in + r * ld, ld, count <= MOST_ROWS ? count : 1);
@@ -215,7 +235,7 @@ static void multiply_int16(float *y, const struct mm_weight *weight, int64_t blo
 
 static const struct mm_kernels kernels_int16 = {
     .name = INT16_LEVEL,
-    .input_limit = INT16_MAX,
+    .input_limits = {[MM_CODEBOOK_MUL1] = INT16_MAX},
     .prepare = prepare,
     .row_floats = row_floats_int16,
     .rotate_in = rotate_in_int16,
@@ -234,17 +254,20 @@ static const struct mm_kernels kernels_int16 = {
 
 struct row8 {
     struct row16 row;
-    int8_t repeated[REPEATS * MM_HADAMARD]; /* each q twice: once for every byte of a halfword */
+    int8_t repeated[REPEATS * MM_HADAMARD]; /* mul1: each q twice, once for every byte of a halfword */
+#ifdef INTEGERS_OF_PAIRS
+    int8_t once[MM_HADAMARD]; /* steps 0 and 4 of a tile in turn, 1 and 5, ... */
+#endif
 };
 #define ROW8_FLOATS ((int64_t)(sizeof(struct row8) / sizeof(float)))
 _Static_assert(sizeof(struct row8) <= MM_MAX_ROW_FLOATS * sizeof(float), "cpu.h");
 
 static int64_t row_floats_int8(int codebook) {
-    return codebook == MM_CODEBOOK_MUL1 ? ROW8_FLOATS : row_floats(codebook);
+    return IN_8_BITS(codebook) ? ROW8_FLOATS : row_floats(codebook);
 }
 
 static void rotate_in_int8(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook) {
-    if (codebook != MM_CODEBOOK_MUL1) {
+    if (!IN_8_BITS(codebook)) {
         rotate_in(row, x, suh, k, used, codebook);
         return;
     }
@@ -252,12 +275,18 @@ static void rotate_in_int8(float *row, const float *x, const uint16_t *suh, int6
         vec8 rotated[16];
         struct row8 *out = (struct row8 *)(void *)row;
         scale_rotate(rotated, x + i, suh + i, used - i);
-        quantize(&out->row, rotated, INT8_MAX);
+        quantize(&out->row, rotated, INT8_MAX, codebook);
+#ifdef INTEGERS_OF_PAIRS
+        typedef uint16_t half_tile __attribute__((vector_size(16), may_alias));
+        half_tile *once = (half_tile *)(void *)out->once, *q = (half_tile *)(void *)out->row.q;
+        for (int tile = 0; tile < BLOCK_TILES; tile++) once[tile] = (q[2 * tile] & 0xFF) | q[2 * tile + 1] << 8;
+        if (codebook != MM_CODEBOOK_MUL1) continue;
+#endif
         if (REPEATS == 2) {
             halves *bytes = (halves *)(void *)out->repeated;
             for (int at = 0; at < MM_HADAMARD / LANES; at++) {
-                halves q = ((const halves *)(const void *)out->row.q)[at] & 0xFF;
-                bytes[at] = q | q << 8;
+                halves low = ((const halves *)(const void *)out->row.q)[at] & 0xFF;
+                bytes[at] = low | low << 8;
             }
         } else
             for (int at = 0; at < MM_HADAMARD; at++) out->repeated[at] = (int8_t)out->row.q[at];
@@ -287,11 +316,11 @@ INLINE void multiply_row8(float *y, const struct row8 *row, struct column column
 }
 
 #define X(rate2)                                                                                                       \
-    static void multiply_row8_##rate2(float *y, const struct row8 *row, struct column column) { multiply_row8(y, row, column, rate2); }
+    static void multiply_row8_##rate2(float *y, const struct row8 *row, const struct column *column) { multiply_row8(y, row, *column, rate2); }
 MM_ALL_RATES2(X)
 #undef X
 
-typedef void (*row8_multiplier)(float *y, const struct row8 *row, struct column column);
+typedef void (*row8_multiplier)(float *y, const struct row8 *row, const struct column *column);
 
 static row8_multiplier row8_multiplier_of(int rate2) {
     switch (rate2) {
@@ -306,7 +335,7 @@ static row8_multiplier row8_multiplier_of(int rate2) {
 
 static void multiply_int8(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
                           float *scratch) {
-    if (weight->codebook != MM_CODEBOOK_MUL1) {
+    if (!IN_8_BITS(weight->codebook)) {
         multiply(y, weight, block, row, ld, rows, scratch);
         return;
     }
@@ -320,18 +349,24 @@ static void multiply_int8(float *y, const struct mm_weight *weight, int64_t bloc
         multiply_integers(y, weight, block, row, ld, rows, ROW8_FLOATS, scratch);
         return;
     }
-    row8_multiplier multiply_one = row8_multiplier_of(weight->rate2);
-    int64_t blocks = weight->k / MM_HADAMARD;
+    row8_multiplier multiply_one = weight->codebook == MM_CODEBOOK_MUL1 ? row8_multiplier_of(weight->rate2) : 0;
+    int64_t blocks = weight->k / MM_HADAMARD, tile_bytes = MM_TILE_BYTES(weight->rate2);
     const struct row8 *in = (const struct row8 *)(const void *)row;
     start_columns(y, row, ld, rows, blocks, ROW8_FLOATS);
-    for (int64_t b = 0; b < blocks; b++)
-        for (int j = 0; j < BLOCK_TILES; j += TILES)
-            multiply_one(y + j * MM_TILE, in + b, column_of(weight, block, b, j, TILES, false));
+    for (int64_t b = 0; b < blocks; b++) {
+        struct column column = column_of(weight, block, b, 0, TILES, false);
+        for (int j = 0; j < BLOCK_TILES; j += TILES, column.tile += TILES * tile_bytes) {
+            if (multiply_one) multiply_one(y + j * MM_TILE, in + b, &column);
+#ifdef INTEGERS_OF_PAIRS
+            else multiply_pair_row(y + j * MM_TILE, &in[b].row, weight, &column);
+#endif
+        }
+    }
 }
 
 static const struct mm_kernels kernels_int8 = {
     .name = INT8_LEVEL,
-    .input_limit = INT8_MAX,
+    .input_limits = INT8_LIMITS,
     .prepare = prepare,
     .row_floats = row_floats_int8,
     .rotate_in = rotate_in_int8,

@@ -84,7 +84,7 @@ INLINE void decode_states(floats *panel, floats *sums, const float *row, const h
 }
 
 /* panel [tiles, 8 pairs, 4]: up to 8 tiles of a column */
-static void decode_panel(floats *panel, const struct mm_weight *weight, struct column column, int64_t tiles) {
+static void decode_panel(floats *panel, const struct mm_weight *weight, const struct column *column, int64_t tiles) {
     halves states[BLOCK_TILES * 16];
     cutter_of(weight->rate2)(states, column, tiles);
     switch (weight->codebook) {
@@ -97,7 +97,7 @@ static void decode_panel(floats *panel, const struct mm_weight *weight, struct c
 }
 
 /* sums [4] += a row times a column of 8 tiles: as decode_panel and multiply_panel, term by term */
-static void multiply_column(floats *sums, const struct mm_weight *weight, struct column column, const float *row) {
+static void multiply_column(floats *sums, const struct mm_weight *weight, const struct column *column, const float *row) {
     halves states[BLOCK_TILES * 16];
     cutter_of(weight->rate2)(states, column, BLOCK_TILES);
     switch (weight->codebook) {
@@ -139,9 +139,9 @@ static void multiply(float *y, const struct mm_weight *weight, int64_t block, co
             struct column column = column_of(weight, block, k / MM_HADAMARD, j, COLUMNS_TOGETHER, true);
             for (int c = 0; c < PANELS; c++, column.tile += vector_bytes)
                 if (rows == 1)
-                    multiply_column(sums + c * PAIR_VECTORS, weight, column, row + k);
+                    multiply_column(sums + c * PAIR_VECTORS, weight, &column, row + k);
                 else
-                    decode_panel(panel + c * PANEL_VECTORS, weight, column, BLOCK_TILES);
+                    decode_panel(panel + c * PANEL_VECTORS, weight, &column, BLOCK_TILES);
             if (rows == 1) continue;
             int64_t r = 0;
 #define X(count)                                                                                                              \
@@ -179,7 +179,7 @@ static void multiply_transposed(float *dx, const struct mm_weight *weight, int64
         const uint8_t *tiles = weight->tiles + (block * BLOCK_TILES + kt) * n_tiles * tile_bytes;
         memset(sums, 0, (size_t)(rows * PAIRS) * sizeof *sums);
         for (int64_t j = 0; j < n_tiles; j += VECTOR_TILES) {
-            decode_panel(tile, weight, (struct column){.tile = tiles + j * tile_bytes}, 1);
+            decode_panel(tile, weight, &(struct column){.tile = tiles + j * tile_bytes}, 1);
             for (int64_t r = 0; r < rows; r++) {
                 const floats *grad = (const floats *)(const void *)(spread + r * 4 * weight->n) + j / VECTOR_TILES * PAIR_VECTORS;
                 for (int pair = 0; pair < PAIRS; pair++)
@@ -196,7 +196,8 @@ static void decode_block(float *out, const struct mm_weight *weight, int64_t k_b
     floats panel[PANEL_VECTORS];
     const float *values = (const float *)panel;
     for (int j = 0; j < BLOCK_TILES; j += VECTOR_TILES) {
-        decode_panel(panel, weight, column_of(weight, n_block, k_block, j, VECTOR_TILES, true), BLOCK_TILES);
+        struct column column = column_of(weight, n_block, k_block, j, VECTOR_TILES, true);
+        decode_panel(panel, weight, &column, BLOCK_TILES);
         for (int at = 0; at < PANEL_VECTORS * FLOAT_LANES; at++) {
             int lane = at % FLOAT_LANES, vector = at / FLOAT_LANES % PAIR_VECTORS, pair = at / FLOAT_LANES / PAIR_VECTORS;
             int row = pair / PAIRS * MM_TILE + PAIR_ROW(pair % PAIRS) + 4 * (lane & 1);

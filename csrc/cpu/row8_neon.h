@@ -20,7 +20,7 @@ BEGIN_TARGET(I8MM_TARGET)
 END_TARGET
 BEGIN_TARGET(LEVEL_TARGET)
 
-typedef void (*row8_multiplier)(float *y, const struct row8 *row, struct column column);
+typedef void (*row8_multiplier)(float *y, const struct row8 *row, const struct column *column);
 
 static row8_multiplier row8_multiplier_of(int rate2) {
     switch (rate2) {
@@ -66,11 +66,11 @@ INLINE void decode_digits(uint8x16_t *panel, struct column column, int rate2) {
 }
 
 #define X(rate2) \
-    static void decode_digits_##rate2(uint8x16_t *panel, struct column column) { decode_digits(panel, column, rate2); }
+    static void decode_digits_##rate2(uint8x16_t *panel, const struct column *column) { decode_digits(panel, *column, rate2); }
 MM_ALL_RATES2(X)
 #undef X
 
-typedef void (*digits_decoder)(uint8x16_t *panel, struct column column);
+typedef void (*digits_decoder)(uint8x16_t *panel, const struct column *column);
 
 static digits_decoder digits_decoder_of(int rate2) {
     switch (rate2) {
@@ -127,7 +127,8 @@ static void multiply_rows8(float *y, const struct mm_weight *weight, int64_t blo
             const float *in = row + b * ROW8_FLOATS;
             float *out = y + j * MM_TILE;
             int64_t r = 0;
-            decode(panel, column_of(weight, block, b, j, 1, true));
+            struct column column = column_of(weight, block, b, j, 1, true);
+            decode(panel, &column);
 #define X(count) \
     for (; r + count <= rows; r += count) multiply_digits(out + r * MM_HADAMARD, panel, in + r * ld, ld, count);
             X(4) X(3) X(2) X(1)
@@ -173,7 +174,7 @@ INLINE void ROW8(multiply_row8)(float *y, const struct row8 *row, struct column 
 }
 
 #define X(rate2)                                                                                                                 \
-    static void ROW8(multiply_row8_##rate2)(float *y, const struct row8 *row, struct column column) { ROW8(multiply_row8)(y, row, column, rate2); }
+    static void ROW8(multiply_row8_##rate2)(float *y, const struct row8 *row, const struct column *column) { ROW8(multiply_row8)(y, row, *column, rate2); }
 MM_ALL_RATES2(X)
 #undef X
 

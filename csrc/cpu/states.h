@@ -15,11 +15,11 @@ INLINE void cut_states(halves *states, struct column column, int64_t tiles, int 
 }
 
 #define X(rate2) \
-    static void cut_states_##rate2(halves *states, struct column column, int64_t tiles) { cut_states(states, column, tiles, rate2); }
+    static void cut_states_##rate2(halves *states, const struct column *column, int64_t tiles) { cut_states(states, *column, tiles, rate2); }
 MM_ALL_RATES2(X)
 #undef X
 
-typedef void (*state_cutter)(halves *states, struct column column, int64_t tiles);
+typedef void (*state_cutter)(halves *states, const struct column *column, int64_t tiles);
 
 static state_cutter cutter_of(int rate2) {
     switch (rate2) {

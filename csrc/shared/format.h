@@ -29,9 +29,11 @@
 #define MM_MUL1_MULTIPLIER 0x83DCD12Du
 
 /* X(id, name, multiplier, addend, allows half rates). The id is the number in a stack's table. */
-#define MM_CODEBOOKS(X)                                  \
+#define MM_PAIR_CODEBOOKS(X)                               \
     X(MM_CODEBOOK_3INST, "3inst", 89226354u, 64248484u, 0) \
-    X(MM_CODEBOOK_MCG, "mcg", 0xCBAC1FEDu, 0u, 0)          \
+    X(MM_CODEBOOK_MCG, "mcg", 0xCBAC1FEDu, 0u, 0)
+#define MM_CODEBOOKS(X)  \
+    MM_PAIR_CODEBOOKS(X) \
     X(MM_CODEBOOK_MUL1, "mul1", MM_MUL1_MULTIPLIER, 0u, 1)
 
 enum mm_codebook {
