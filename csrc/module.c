@@ -148,8 +148,8 @@ static PyMethodDef methods[] = {
     {"cpu_levels", cpu_levels, METH_NOARGS, "cpu_levels() -> tuple[str, ...]: what this machine runs, the default last."},
     {"cpu_input_limits", cpu_input_limits, METH_NOARGS,
      "cpu_input_limits() -> dict[str, dict[str, int]]: of each level and codebook, 0 if it multiplies with the format's weights to the "
-     "bit and float32 inputs; else it rounds inputs to integers of at most this in a block of 128, leaves out mul1's rounding to "
-     "binary16 and rounds the others' weights to multiples of 2^-12."},
+     "bit and float32 inputs. Else it leaves out the weights' rounding to binary16, and below 2**24, which stands for float32 inputs, "
+     "inputs are rounded to integers of at most this in a block of 128, and 3inst's and mcg's weights to multiples of 2**-12."},
     {"set_cpu_level", set_cpu_level, METH_O,
      "set_cpu_level(name): switch the SIMD level for calls that start from now on. ValueError for one that this "
      "machine does not run."},

@@ -67,10 +67,9 @@ def cpu_target(level: str) -> Target:
         finally:
             _C.set_cpu_level(before)
 
-    kinds = {(0, 0): Rounding.EXACT, (0, 2**15 - 1): Rounding.UNROUNDED, (0, 2**7 - 1): Rounding.BYTES}
-    kinds[2**7 - 1, 2**7 - 1] = Rounding.ALL_BYTES
-    limits = _C.cpu_input_limits()[level]
-    return Target(f"cpu {level}", run, rounding=kinds[limits["mcg"], limits["mul1"]])
+    least = min((limit for limit in _C.cpu_input_limits()[level].values() if limit), default=0)
+    kinds = {0: Rounding.EXACT, 2**15 - 1: Rounding.UNROUNDED, 2**7 - 1: Rounding.BYTES}
+    return Target(f"cpu {level}", run, rounding=kinds[least])
 
 
 def mps_target() -> Target:

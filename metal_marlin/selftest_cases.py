@@ -48,11 +48,11 @@ ROTATIONS = 2 * 9  # seven additions, one scale of the transform, one of suh or 
 # exp within 4 ulp and a division within 2.5 (Metal's tables for precise maths), the polynomial of erf within 2, and the
 # products around them; the slope of an activation passes errors of g on, enlarged by less than 3
 ACTIVATION, SLOPE = 16.0, 3.0
-# Metal's decode kernels and the CPU's 16-bit levels leave out mul1's rounding of a weight to binary16, worth 2.1e-4
+# Metal's decode kernels (mul1 only) and the CPU's 16-bit levels leave out a weight's rounding to binary16, worth 2.1e-4
 # of a weight's size (the root mean square over a codebook that is near normal with deviation 1: up to 2**-11 from 1
 # to 2, half of that below, ...). Over a product it stays 2.1e-4 of the result's size; eight of these, and on one side
 # only. Inputs of 16 bits add a sixth of that at most.
-MUL1_UNROUNDED = 8 * 2.0**-12 / (SIDES_AND_SPREAD * U)
+UNROUNDED = 8 * 2.0**-12 / (SIDES_AND_SPREAD * U)
 # Inputs of 8 bits are off by at most 1/254 of their block's largest, evenly spread: with a largest of four times the
 # root mean square, by 0.9 percent of it. Beside that the rounding of 3inst's and mcg's weights to 2**-12 is nothing.
 BYTES = 8 * 0.01 / (SIDES_AND_SPREAD * U)
@@ -68,25 +68,22 @@ def product_error(inputs: int, rounding: float = 0.0) -> float:
 
 
 class Rounding(enum.Enum):
-    """Where a side multiplies with mul1's weights as they are before their rounding to binary16, or rounds inputs."""
+    """Where a side may multiply with weights as they are before their rounding to binary16, or rounds inputs."""
 
     EXACT = "nowhere"
     UNROUNDED_DECODE = "mul1 up to 8 rows"
-    UNROUNDED = "mul1"
-    BYTES = "mul1, with inputs of 8 bits"
-    ALL_BYTES = "every codebook, with inputs of 8 bits"
+    UNROUNDED = "everywhere"
+    BYTES = "everywhere, and with inputs of 8 bits"
 
 
 def rounding_error(values: Mapping[str, Any], rounding: Rounding) -> float:
     """What this combination's product may be off by for that, in U."""
     form, few = values["format"], values["rows"] != PREFILL
-    if rounding is Rounding.ALL_BYTES:
+    if rounding is Rounding.BYTES:
         return BYTES
-    if rounding is Rounding.EXACT or not (form == MIXED or form[0] == "mul1"):
+    if rounding is Rounding.UNROUNDED_DECODE and not (few and (form == MIXED or form[0] == "mul1")):
         return 0.0
-    if rounding is Rounding.UNROUNDED_DECODE and not few:
-        return 0.0
-    return BYTES if rounding is Rounding.BYTES else MUL1_UNROUNDED
+    return 0.0 if rounding is Rounding.EXACT else UNROUNDED
 
 
 def allowed(want: Tensor, relative: float, size: Tensor | None = None) -> Tensor:

@@ -62,6 +62,8 @@ class Backend:
         if self.emulated:
             return reference.unrounded(p) if rows <= DECODE_ROWS else p
         limit = _C.cpu_input_limits()[self.level or _C.cpu_level()][p.codebook]
+        if limit == 2**24:  # inputs stay float32
+            return reference.before(p)
         return reference.integer(p, limit) if limit else p
 
     def multiplied_experts(self, m: reference.Experts, tokens: int) -> reference.Experts:

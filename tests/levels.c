@@ -465,9 +465,27 @@ static float *dense(const struct mm_weight *weight) {
     return out;
 }
 
+static double half_number(uint32_t bits) { return (double)mm_float_of_half((uint16_t)bits); }
+
+/* out [k, n]: 3inst's and mcg's sums before their rounding to binary16 */
+static double *unrounded_sums(const struct mm_weight *weight) {
+    double *out = zeros((size_t)(weight->k * weight->n) * sizeof *out);
+    for (int64_t tile = 0; tile < weight->k / 16 * (weight->n / 16); tile++)
+        for (int t = 0; t < MM_TILE_WEIGHTS; t++) {
+            uint32_t state = state_at(weight->tiles + tile * MM_TILE_BYTES(weight->rate2), weight->rate2, t);
+            uint32_t x = weight->codebook == MM_CODEBOOK_MCG ? state * 0xCBAC1FEDu : state * 89226354u + 64248484u;
+            x = (x & 0x8FFF8FFFu) ^ 0x3B603B60u;
+            int64_t row = tile / (weight->n / 16) * 16 + MM_TILE_ROW(t), column = tile % (weight->n / 16) * 16 + MM_TILE_COLUMN(t);
+            out[row * weight->n + column] = half_number(x & 0xFFFF) + half_number(x >> 16);
+        }
+    return out;
+}
+
 /* Levels that multiply a codebook in integers: inputs rounded, mul1's weights without their rounding to binary16 (int16.h), the others'
  * rounded to multiples of 2^-12 (pairs.h). */
-static bool in_integers(const struct mm_kernels *level, int codebook) { return level->input_limits[codebook]; }
+static bool in_integers(const struct mm_kernels *level, int codebook) {
+    return level->input_limits[codebook] && level->input_limits[codebook] != MM_FLOAT_INPUTS;
+}
 
 /* Of a block's largest input: half a unit, and what the unit's own rounding adds. */
 static double half_step(const struct mm_kernels *level, int codebook) { return 0.51 / level->input_limits[codebook]; }
@@ -613,14 +631,19 @@ static void check_products(int codebook, int rate2) {
             check_integer_states(levels[l], &weight, exact);
             check_integer_agreement(&weight, levels[l]->input_limits[codebook]);
         }
-    for (int transposed = 0; transposed < 2; transposed++) {
+    double *sums = codebook == MM_CODEBOOK_MUL1 ? NULL : unrounded_sums(&weight);
+    int32_t *fixed_sums = zeros(K * N * sizeof *fixed_sums);
+    for (int i = 0; sums && i < K * N; i++) fixed_sums[i] = (int32_t)(sums[i] * 0x1p24); /* exact: multiples of 2^-13 below 4 */
+    for (int pass = 0; pass < (sums ? 3 : 2); pass++) { /* forward, transposed, forward without the weights' rounding */
+        const bool transposed = pass == 1;
+        const int32_t *used = pass == 2 ? fixed_sums : fixed_w;
         int block = transposed ? 2 : 1, terms = transposed ? N : K;
         for (int r = 0; r < most; r++)
             for (int i = 0; i < BLOCK; i++) {
                 int64_t sum = 0, total = 0; /* exact: 26 bits, 22 bits, 9 bits' worth of terms */
                 for (int j = 0; j < terms; j++) {
-                    int64_t term = transposed ? (int64_t)fixed_w[(block * BLOCK + i) * N + j] * fixed_grad[r * N + j]
-                                              : (int64_t)fixed_w[j * N + block * BLOCK + i] * fixed_x[r * K + j];
+                    int64_t term = transposed ? (int64_t)used[(block * BLOCK + i) * N + j] * fixed_grad[r * N + j]
+                                              : (int64_t)used[j * N + block * BLOCK + i] * fixed_x[r * K + j];
                     sum += term, total += term < 0 ? -term : term;
                 }
                 want[r * BLOCK + i] = (double)sum * 0x1p-44, absolute[r * BLOCK + i] = (double)total * 0x1p-44;
@@ -633,7 +656,7 @@ static void check_products(int codebook, int rate2) {
                             : form == STEPPED ? (transposed ? N / 4 + 3 : BLOCK + K / BLOCK + 1)
                                               : (transposed ? N / 4 + 3 : BLOCK / 2 + K / BLOCK + 2);
             for (int c = 0; c < (int)(sizeof counts / sizeof *counts); c++) {
-                if (transposed ? !first_with_multiply_transposed(l) : in_integers(levels[l], codebook)) continue;
+                if (transposed ? !first_with_multiply_transposed(l) : levels[l]->input_limits[codebook] != (pass == 2 ? MM_FLOAT_INPUTS : 0)) continue;
                 memset(y, 0xFF, ROWS * BLOCK * sizeof *y);
                 if (transposed)
                     levels[l]->multiply_transposed(y, &weight, block, spread[form], counts[c], scratch);
@@ -647,7 +670,7 @@ static void check_products(int codebook, int rate2) {
     }
     for (enum form form = 0; form < FORMS; form++) mm_free(rows[form]), mm_free(spread[form]);
     mm_free(w), mm_free(scratch), mm_free(x), mm_free(grad), mm_free(y);
-    mm_free(exact), mm_free(fixed_w), mm_free(fixed_x), mm_free(fixed_grad);
+    mm_free(exact), mm_free(fixed_w), mm_free(fixed_x), mm_free(fixed_grad), mm_free(sums), mm_free(fixed_sums);
 }
 
 /* W of one block = diag(suh) H What H diag(svh); rows are transformed first, as in kernels.h */
@@ -748,6 +771,7 @@ static void serial_run(int64_t begin, int64_t end, int64_t grain, void (*body)(i
 static void check_linear(int codebook, int rate2) {
     enum { K = 256, N = 256, IN = 200, OUT = 180, ROWS = MM_ROW_BLOCK + 6 };
     struct mm_weight weight = random_weight(codebook, rate2, K, N);
+    double *sums = codebook == MM_CODEBOOK_MUL1 ? NULL : unrounded_sums(&weight);
     float *w = dense(&weight), *x = random_floats(ROWS * IN, 1), *y = zeros(ROWS * OUT * sizeof *y);
     const int64_t sizes[] = {ROWS}, strides[] = {IN};
     struct mm_rows rows = {x, MM_FLOAT32, ROWS, IN, 1, 1, sizes, strides};
@@ -770,6 +794,7 @@ static void check_linear(int codebook, int rate2) {
                     double error = p[i] = 0;
                     for (int k = 0; k < K; k++) {
                         double value = (double)w[k * N + n + i];
+                        if (mm_cpu->input_limits[codebook] == MM_FLOAT_INPUTS) value = sums[k * N + n + i];
                         if (in_integers(mm_cpu, codebook)) value = as_integers(value, codebook);
                         p[i] += value * h[k];
                         error += fabs(value) * (h_error[k] + ((form_of(mm_cpu) == STEPPED ? BLOCK : BLOCK / 2) + K / BLOCK + 2) * U * fabs(h[k]));
@@ -787,7 +812,7 @@ static void check_linear(int codebook, int rate2) {
             }
         }
     }
-    mm_free(w), mm_free(x), mm_free(y);
+    mm_free(w), mm_free(x), mm_free(y), mm_free(sums);
 }
 
 static void report(const char *what) {

@@ -38,16 +38,21 @@ def pad128(size: int) -> int:
 @cache
 def codebook(name: str) -> np.ndarray:
     """float16 [65536]: the value of every state. float64 is exact here, so the cast is the format's one rounding."""
+    return before_rounding(name).astype(np.float16)
+
+
+def before_rounding(name: str) -> np.ndarray:
+    """The same in float64, without it."""
     state = np.arange(65536, dtype=np.uint64)
     if name == "mul1":
         product = (state * 0x83DCD12D) % 2**32
         total = sum((product >> shift) % 256 for shift in (0, 8, 16, 24))
         scale, offset = np.array([0x1EEE, 0xC931], np.uint16).view(np.float16).astype(np.float64)
-        return ((1024.0 + total.astype(np.float64)) * scale + offset).astype(np.float16)
+        return np.asarray((1024.0 + total.astype(np.float64)) * scale + offset)
     product = (state * 89226354 + 64248484 if name == "3inst" else state * 0xCBAC1FED) % 2**32
     pair = (product & 0x8FFF8FFF) ^ 0x3B603B60
     low, high = ((pair >> shift).astype(np.uint16).view(np.float16).astype(np.float64) for shift in (0, 16))
-    return (low + high).astype(np.float16)
+    return np.asarray(low + high)
 
 
 def last_bit(rate2: int) -> np.ndarray:
@@ -83,9 +88,10 @@ def position(t: int) -> tuple[int, int]:
     return 2 * (lane % 4) + j % 2 + 8 * (j // 2 % 2), lane // 4 + 8 * (j // 4)
 
 
-def rotated(trellis: np.ndarray, name: str) -> np.ndarray:
-    """float64 [k, n]: the weight between the two Hadamard rotations; its values are exactly the codebook's."""
-    values = codebook(name)[states(trellis)].astype(np.float64)
+def rotated(trellis: np.ndarray, name: str, of_states: np.ndarray | None = None) -> np.ndarray:
+    """float64 [k, n]: the weight between the two Hadamard rotations; its values are exactly the codebook's, or those of
+    `of_states` [65536]."""
+    values = (codebook(name) if of_states is None else of_states)[states(trellis)].astype(np.float64)
     out = np.empty((trellis.shape[0] * 16, trellis.shape[1] * 16))
     for t in range(256):
         row, column = position(t)
@@ -195,6 +201,24 @@ class Integer(Unrounded):
     @property
     def input_steps(self) -> int:
         return self.limit
+
+
+class BeforeRounding(Packed):
+    """3inst and mcg without the rounding of a pair's sum to binary16."""
+
+    @cached_property
+    def rotated(self) -> np.ndarray:
+        return rotated(self.trellis, self.codebook, before_rounding(self.codebook))
+
+    @cached_property
+    def dense(self) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            weight = rotate(rotate(self.rotated).T).T
+            return self.suh.astype(np.float64)[:, None] * weight * self.svh.astype(np.float64)
+
+
+def before(p: Packed) -> Packed:
+    return BeforeRounding(p.trellis, p.suh, p.svh, p.codebook, p.bias)
 
 
 def unrounded(p: Packed) -> Packed:

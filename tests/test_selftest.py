@@ -198,7 +198,9 @@ def test_one_wrong_weight_is_found(form):
     x, trellis, *rest = prepared.inputs
     trellis = trellis.clone()
     trellis.view(-1)[1234] ^= 1 << 9
-    problem, worst = compare("y", prepared.call((x, trellis, *rest))[0], want[0], prepared.bounds(want, False)[0])
+    problem, worst = compare(
+        "y", prepared.call((x, trellis, *rest))[0], want[0], prepared.bounds(want, Rounding.EXACT)[0]
+    )
     assert problem
     assert worst > 10
 

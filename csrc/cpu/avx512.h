@@ -58,7 +58,8 @@ INLINE halves integers_of_pairs(halves low, halves high, uint32_t addend) {
 #define INTEGERS_OF_PAIRS integers_of_pairs
 
 /* The format's own arithmetic: two binary16 numbers added, or one multiply-add, rounded once. */
-INLINE void values_of_products(floats (*out)[2], halves *low, halves *high, uint32_t addend, int codebook) {
+INLINE void values_of_products(floats (*out)[2], halves *low, halves *high, uint32_t addend, int codebook, bool rounded) {
+    (void)rounded; /* by the addition itself */
     const halves zero = {0};
     for (int i = 0; i < 2; i++) {
         __m512i value;

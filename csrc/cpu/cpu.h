@@ -60,6 +60,8 @@ static inline int64_t mm_row_stride(int64_t floats) { return floats | 16; }
 /* Floats of scratch that `multiply` and `multiply_transposed` need. */
 #define MM_MULTIPLY_SCRATCH (MM_ROW_BLOCK * 8 * 16 + 16 * MM_TILE_WEIGHTS) /* sums, and a panel */
 
+#define MM_FLOAT_INPUTS (1 << 24)
+
 /* The kernels of one SIMD level. A rotated input row travels in a form of the level's own, row_floats(codebook) floats for
  * each 128 inputs: "tiled" (tiles.h), 4 groups of 4 values for each 16 inputs, in trellis order (rows 2q, 2q+1, 2q+8, 2q+9), each
  * written twice, since 8 trellis positions are 4 rows of 2 columns; "paired" (panel.h) or "stepped" (columns.h), each value once; or 16-bit integers
@@ -67,8 +69,8 @@ static inline int64_t mm_row_stride(int64_t floats) { return floats | 16; }
  * 16 columns 8 groups, column c four times and column c+8 four times. */
 struct mm_kernels {
     const char *name;
-    /* Of each codebook. 0: multiplies with the format's weights and float32 inputs. Else inputs are rounded to integers of at most this in every
-     * block of 128, and weights are integers (int16.h, pairs.h). */
+    /* Of each codebook. 0: multiplies with the format's weights and float32 inputs. MM_FLOAT_INPUTS: with weights before their rounding to
+     * binary16. Else inputs are rounded to integers of at most this in every block of 128, and weights are integers (int16.h, pairs.h). */
     int input_limits[MM_CODEBOOK_COUNT];
     void (*prepare)(void); /* builds the level's tables; called when the level becomes active, may run again */
     void (*load)(float *out, const void *in, enum mm_float type, int64_t stride, int64_t count);

@@ -38,6 +38,14 @@
 #define CENTRE 510 /* of the byte sums, 0 .. 1020: halves the sums, so that 128 products of 16 bits stay within 32 */
 #define PAIR_SCALE 4096 /* of the integers that stand for 3inst's and mcg's weights (pairs.h) */
 
+#ifdef UNROUNDED_PAIRS /* panel.h */
+#define PAIR_LIMIT MM_FLOAT_INPUTS
+#define MULTIPLY_PAIRS multiply_unrounded
+#else
+#define PAIR_LIMIT 0
+#define MULTIPLY_PAIRS multiply
+#endif
+
 #define LANES ((int)(sizeof(halves) / sizeof(uint16_t)))
 #define TILES (LANES * POSITIONS / MM_TILE_WEIGHTS) /* side by side */
 #define STEPS (POSITIONS / 2)                       /* of a product along a tile's rows: positions of one column in a lane */
@@ -157,7 +165,7 @@ INLINE void add_columns(float *y, const sums32 *sums, int side, float scale) {
 #define INT8_LIMITS {INT8_MAX, INT8_MAX, INT8_MAX}
 #else
 #define IN_8_BITS(codebook) ((codebook) == MM_CODEBOOK_MUL1)
-#define INT8_LIMITS {[MM_CODEBOOK_MUL1] = INT8_MAX}
+#define INT8_LIMITS {PAIR_LIMIT, PAIR_LIMIT, INT8_MAX}
 #endif
 
 /* y [rows, 16 TILES columns of 128] += one block of the rows times a panel; rows is a constant when inlined. Few rows have several
@@ -230,12 +238,12 @@ static void multiply_int16(float *y, const struct mm_weight *weight, int64_t blo
     if (weight->codebook == MM_CODEBOOK_MUL1)
         multiply_integers(y, weight, block, row, ld, rows, ROW16_FLOATS, scratch);
     else
-        multiply(y, weight, block, row, ld, rows, scratch);
+        MULTIPLY_PAIRS(y, weight, block, row, ld, rows, scratch);
 }
 
 static const struct mm_kernels kernels_int16 = {
     .name = INT16_LEVEL,
-    .input_limits = {[MM_CODEBOOK_MUL1] = INT16_MAX},
+    .input_limits = {PAIR_LIMIT, PAIR_LIMIT, INT16_MAX},
     .prepare = prepare,
     .row_floats = row_floats_int16,
     .rotate_in = rotate_in_int16,
@@ -336,7 +344,7 @@ static row8_multiplier row8_multiplier_of(int rate2) {
 static void multiply_int8(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
                           float *scratch) {
     if (!IN_8_BITS(weight->codebook)) {
-        multiply(y, weight, block, row, ld, rows, scratch);
+        MULTIPLY_PAIRS(y, weight, block, row, ld, rows, scratch);
         return;
     }
 #ifdef MANY_ROWS8

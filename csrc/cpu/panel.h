@@ -13,7 +13,8 @@
  *   COLUMNS_TOGETHER               of tiles, decoded at once: neighbours in memory, one or several vectors
  *   PANEL_ROWS                     rows multiplied at once: how many sums the registers hold
  *   FUNNEL (funnel.h), product_high, sums_of_bytes, halves_of_tiles   as int16.h has them, for 16 positions a lane
- *   values_of_products(out, low, high, addend, codebook)   out [2][2] floats: the values of two vectors of products, low [2] and high [2]
+ *   values_of_products(out, low, high, addend, codebook, rounded)   out [2][2] floats: the values of two vectors of products, low [2] and
+ *                                  high [2]; rounded to binary16, or if it defines UNROUNDED_PAIRS, for 3inst and mcg maybe not
  *   LANE_TILE(vector, lane), LANE_COLUMN(vector, lane)     where a value of out is: vector 2 * (8 columns on) + place in out
  *   repeat_pair(pair)              two floats, as often as they fit
  *   store_columns(y, sums)         y [16 for each tile] = sums [4], neighbouring lanes added */
@@ -54,7 +55,8 @@ static void rotate_grad(float *spread, const float *grad, const uint16_t *svh, i
 #include "cpu/states.h"
 
 /* out [2][2]: the values of two vectors of states */
-INLINE void decode_two(floats (*out)[2], const halves *left, const halves *right, uint32_t multiplier, uint32_t addend, int codebook) {
+INLINE void decode_two(floats (*out)[2], const halves *left, const halves *right, uint32_t multiplier, uint32_t addend, int codebook,
+                       bool rounded) {
     const halves zero = {0}, m_low = zero + (uint16_t)multiplier, m_high = zero + (uint16_t)(multiplier >> 16);
     halves low[2], high[2];
     for (int i = 0; i < 2; i++) {
@@ -62,17 +64,17 @@ INLINE void decode_two(floats (*out)[2], const halves *left, const halves *right
         low[i] = state * m_low;
         high[i] = product_high(state, m_low) + state * m_high;
     }
-    values_of_products(out, low, high, addend, codebook);
+    values_of_products(out, low, high, addend, codebook, rounded);
 }
 
 /* The values of `tiles` tiles: to panel [tiles, 8 pairs, 4], or, with a row, times the row and added to sums [4]. */
 INLINE void decode_states(floats *panel, floats *sums, const float *row, const halves *states, int64_t tiles, uint32_t multiplier,
-                          uint32_t addend, int codebook) {
+                          uint32_t addend, int codebook, bool rounded) {
     floats sum[PAIR_VECTORS] = {0};
     for (int64_t t = 0; t < tiles; t++, states += 16)
         UNROLL(8) for (int pair = 0; pair < PAIRS; pair++) {
             floats out[2][2];
-            decode_two(out, states + POSITION(pair, 0), states + POSITION(pair, 1), multiplier, addend, codebook);
+            decode_two(out, states + POSITION(pair, 0), states + POSITION(pair, 1), multiplier, addend, codebook, rounded);
             if (row) {
                 floats x = repeat_pair(row + 2 * (t * PAIRS + pair));
                 for (int i = 0; i < PAIR_VECTORS; i++) sum[i] += out[i / 2][i % 2] * x;
@@ -83,31 +85,47 @@ INLINE void decode_states(floats *panel, floats *sums, const float *row, const h
         for (int i = 0; i < PAIR_VECTORS; i++) sums[i] += sum[i];
 }
 
-/* panel [tiles, 8 pairs, 4]: up to 8 tiles of a column */
-static void decode_panel(floats *panel, const struct mm_weight *weight, const struct column *column, int64_t tiles) {
-    halves states[BLOCK_TILES * 16];
-    cutter_of(weight->rate2)(states, column, tiles);
-    switch (weight->codebook) {
+/* decode_states, with the codebook a constant */
+INLINE void decode_codebook(floats *panel, floats *sums, const float *row, const halves *states, int64_t tiles, int codebook, bool rounded) {
+    switch (codebook) {
 #define X(id, name, multiplier, addend, half_rates) \
-    case id: decode_states(panel, NULL, NULL, states, tiles, multiplier, addend, id); break;
+    case id: decode_states(panel, sums, row, states, tiles, multiplier, addend, id, rounded); break;
         MM_CODEBOOKS(X)
 #undef X
     default: break;
     }
 }
 
+/* panel [tiles, 8 pairs, 4]: up to 8 tiles of a column */
+static void decode_panel(floats *panel, const struct mm_weight *weight, const struct column *column, int64_t tiles) {
+    halves states[BLOCK_TILES * 16];
+    cutter_of(weight->rate2)(states, column, tiles);
+    decode_codebook(panel, NULL, NULL, states, tiles, weight->codebook, true);
+}
+
 /* sums [4] += a row times a column of 8 tiles: as decode_panel and multiply_panel, term by term */
 static void multiply_column(floats *sums, const struct mm_weight *weight, const struct column *column, const float *row) {
     halves states[BLOCK_TILES * 16];
     cutter_of(weight->rate2)(states, column, BLOCK_TILES);
-    switch (weight->codebook) {
-#define X(id, name, multiplier, addend, half_rates) \
-    case id: decode_states(NULL, sums, row, states, BLOCK_TILES, multiplier, addend, id); break;
-        MM_CODEBOOKS(X)
-#undef X
-    default: break;
-    }
+    decode_codebook(NULL, sums, row, states, BLOCK_TILES, weight->codebook, true);
 }
+
+#ifdef UNROUNDED_PAIRS /* the same without the rounding */
+static void decode_unrounded(floats *panel, const struct mm_weight *weight, const struct column *column, int64_t tiles) {
+    halves states[BLOCK_TILES * 16];
+    cutter_of(weight->rate2)(states, column, tiles);
+    decode_codebook(panel, NULL, NULL, states, tiles, weight->codebook, false);
+}
+
+static void multiply_unrounded_column(floats *sums, const struct mm_weight *weight, const struct column *column, const float *row) {
+    halves states[BLOCK_TILES * 16];
+    cutter_of(weight->rate2)(states, column, BLOCK_TILES);
+    decode_codebook(NULL, sums, row, states, BLOCK_TILES, weight->codebook, false);
+}
+#endif
+
+typedef void (*panel_decoder)(floats *panel, const struct mm_weight *weight, const struct column *column, int64_t tiles);
+typedef void (*column_multiplier)(floats *sums, const struct mm_weight *weight, const struct column *column, const float *row);
 
 /* ---- products ---- */
 
@@ -128,8 +146,8 @@ INLINE void multiply_panel(floats *sums, const floats *panel, const float *row, 
             for (int i = 0; i < PAIR_VECTORS; i++) sums[(r * PANELS + c) * PAIR_VECTORS + i] += sum[r][c][i];
 }
 
-static void multiply(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
-                     float *scratch) {
+INLINE void multiply_values(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
+                            float *scratch, panel_decoder decode, column_multiplier multiply_one) {
     const int row_sums = PANELS * PAIR_VECTORS;
     floats *sums = (floats *)(void *)scratch, *panel = sums + rows * row_sums;
     int64_t vector_bytes = VECTOR_TILES * MM_TILE_BYTES(weight->rate2);
@@ -139,9 +157,9 @@ static void multiply(float *y, const struct mm_weight *weight, int64_t block, co
             struct column column = column_of(weight, block, k / MM_HADAMARD, j, COLUMNS_TOGETHER, true);
             for (int c = 0; c < PANELS; c++, column.tile += vector_bytes)
                 if (rows == 1)
-                    multiply_column(sums + c * PAIR_VECTORS, weight, &column, row + k);
+                    multiply_one(sums + c * PAIR_VECTORS, weight, &column, row + k);
                 else
-                    decode_panel(panel + c * PANEL_VECTORS, weight, &column, BLOCK_TILES);
+                    decode(panel + c * PANEL_VECTORS, weight, &column, BLOCK_TILES);
             if (rows == 1) continue;
             int64_t r = 0;
 #define X(count)                                                                                                              \
@@ -158,6 +176,18 @@ static void multiply(float *y, const struct mm_weight *weight, int64_t block, co
                 store_columns(y + r * MM_HADAMARD + (j + c * VECTOR_TILES) * MM_TILE, sums + r * row_sums + c * PAIR_VECTORS);
     }
 }
+
+static void multiply(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
+                     float *scratch) {
+    multiply_values(y, weight, block, row, ld, rows, scratch, decode_panel, multiply_column);
+}
+
+#ifdef UNROUNDED_PAIRS
+static void multiply_unrounded(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
+                               float *scratch) {
+    multiply_values(y, weight, block, row, ld, rows, scratch, decode_unrounded, multiply_unrounded_column);
+}
+#endif
 
 /* dx: a row's own term is the sum of the lanes of its side */
 INLINE void add_sides(float *out, const float *lanes) {
