@@ -133,8 +133,9 @@ class Ops:
 
 ops = Ops()
 torch.set_num_threads(1)  # pytest -n gives every core a process; tests of threads set their own count
-# for tests that name no level: they compare with the dense weights
-_C.set_cpu_level([level for level, limits in _C.cpu_input_limits().items() if not any(limits.values())][-1])
+#: Of the levels that multiply with the format's weights and float32 inputs, whatever the codebook, the last.
+EXACT_LEVEL = [level for level, limits in _C.cpu_input_limits().items() if not any(limits.values())][-1]
+_C.set_cpu_level(EXACT_LEVEL)  # for tests that name no level: they compare with the dense weights
 CPU = [Backend("cpu", level) for level in _C.cpu_levels()]
 EMULATED = Backend("cpu", emulated=True)
 

@@ -111,8 +111,13 @@ def rotate(a: np.ndarray) -> np.ndarray:
 
 
 def dequantize(trellis: np.ndarray, suh: np.ndarray, svh: np.ndarray, name: str) -> np.ndarray:
-    """float64 [k, n] = diag(suh) H What H diag(svh), so that y = x @ W."""
-    weight = rotate(rotate(rotated(trellis, name)).T).T
+    """float64 [k, n]: the weight W, so that y = x @ W."""
+    return rotated_back(rotated(trellis, name), suh, svh)
+
+
+def rotated_back(what: np.ndarray, suh: np.ndarray, svh: np.ndarray) -> np.ndarray:
+    """diag(suh) H What H diag(svh)."""
+    weight = rotate(rotate(what).T).T
     return suh.astype(np.float64)[:, None] * weight * svh.astype(np.float64)
 
 
@@ -140,7 +145,7 @@ class Packed:
     @cached_property
     def dense(self) -> np.ndarray:
         with np.errstate(invalid="ignore"):
-            return dequantize(self.trellis, self.suh, self.svh, self.codebook)
+            return rotated_back(self.rotated, self.suh, self.svh)
 
     @property
     def hoisted(self) -> float:
@@ -176,12 +181,6 @@ class Unrounded(Packed):
         scale, offset = np.array([0x1EEE, 0xC931], np.uint16).view(np.float16).astype(np.float64)
         return float(1024.0 * scale + offset) if self.codebook == "mul1" else 0.0
 
-    @cached_property
-    def dense(self) -> np.ndarray:
-        with np.errstate(invalid="ignore"):
-            weight = rotate(rotate(self.rotated).T).T
-            return self.suh.astype(np.float64)[:, None] * weight * self.svh.astype(np.float64)
-
 
 @dataclass(frozen=True, eq=False)
 class Integer(Unrounded):
@@ -209,12 +208,6 @@ class BeforeRounding(Packed):
     @cached_property
     def rotated(self) -> np.ndarray:
         return rotated(self.trellis, self.codebook, before_rounding(self.codebook))
-
-    @cached_property
-    def dense(self) -> np.ndarray:
-        with np.errstate(invalid="ignore"):
-            weight = rotate(rotate(self.rotated).T).T
-            return self.suh.astype(np.float64)[:, None] * weight * self.svh.astype(np.float64)
 
 
 def before(p: Packed) -> Packed:

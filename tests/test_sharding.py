@@ -17,7 +17,7 @@ import ranks
 import reference as ref
 import sharded
 import torch
-from conftest import array, assert_close, same_bits
+from conftest import EXACT_LEVEL, array, assert_close, same_bits
 from safetensors.torch import save_file
 
 import metal_marlin._C as _C
@@ -63,8 +63,7 @@ def reordered(x: np.ndarray, weights: np.ndarray, ids: np.ndarray, m: ref.Expert
 @pytest.mark.parametrize(("size", "exact"), [(1, True), (2, True), (2, False), (4, True)])
 def test_forward(experts: ref.Experts, folder: Path, tmp_path: Path, size: int, exact: bool) -> None:
     """Five experts on 1, 2 and 4 ranks: the result of one process within the bound, the same bits on every rank."""
-    limits = _C.cpu_input_limits()
-    level = [name for name, of in limits.items() if not any(of.values())][-1] if exact else _C.cpu_levels()[-1]
+    level = EXACT_LEVEL if exact else _C.cpu_levels()[-1]
     before = _C.cpu_level()
     every = ranks.values(ranks.run(tmp_path, size, sharded.forward, folder, level))
     checkpoint = Checkpoint(folder)
@@ -228,11 +227,8 @@ def test_models(made: checkpoints.Made, tmp_path: Path, how: str, size: int) -> 
     """
     if how == "DistributedConfig":
         pytest.importorskip("transformers.distributed.expert_parallel", reason="needs transformers 5.23")
-    before, level = (
-        _C.cpu_level(),
-        [name for name, limits in _C.cpu_input_limits().items() if not any(limits.values())][-1],
-    )
-    _C.set_cpu_level(level)
+    before = _C.cpu_level()
+    _C.set_cpu_level(EXACT_LEVEL)
     try:
         with sharded.hf.loading(copy=True):
             alone = sharded.Qwen3MoeForCausalLM.from_pretrained(made.directory, dtype=torch.float32)
@@ -244,7 +240,7 @@ def test_models(made: checkpoints.Made, tmp_path: Path, how: str, size: int) -> 
         _C.set_cpu_level(before)
     sizes = {name: tensor.nbytes for name, tensor in alone.state_dict().items()}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
-    every = ranks.values(ranks.run(tmp_path, size, sharded.model, made.directory, how, level))
+    every = ranks.values(ranks.run(tmp_path, size, sharded.model, made.directory, how, EXACT_LEVEL))
     for rank, found in enumerate(every):
         own = expert_range(6, size, rank)
         assert found["layers"] == [(own.start, own.stop, 6)] * 2

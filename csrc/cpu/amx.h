@@ -53,18 +53,18 @@ struct amx_run {
 #define SUMS_AT(side, tile, part) ((((side) * 2 + (tile)) * 2 + (part)) * AMX_TILE)
 
 static void clear_sums(void) {
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-    TILE_ZERO(2);
-    TILE_ZERO(3);
+    TILE_ZERO(SUMS(0, 0));
+    TILE_ZERO(SUMS(0, 1));
+    TILE_ZERO(SUMS(1, 0));
+    TILE_ZERO(SUMS(1, 1));
 }
 
-/* Of a lone tile of rows: [side, part] */
-static void take_lone_sums(struct amx_run *run) {
-    TILE_STORE(run->sums + SUMS_AT(0, 0, 0), 64, SUMS(0, 0));
-    TILE_STORE(run->sums + SUMS_AT(0, 0, 1), 64, SUMS(0, 1));
-    TILE_STORE(run->sums + SUMS_AT(1, 0, 0), 64, SUMS(1, 0));
-    TILE_STORE(run->sums + SUMS_AT(1, 0, 1), 64, SUMS(1, 1));
+/* The registers' sums to two places in run->sums, both parts of each. */
+INLINE void take_sums(struct amx_run *run, int first, int second) {
+    TILE_STORE(run->sums + first, 64, SUMS(0, 0));
+    TILE_STORE(run->sums + first + AMX_TILE, 64, SUMS(0, 1));
+    TILE_STORE(run->sums + second, 64, SUMS(1, 0));
+    TILE_STORE(run->sums + second + AMX_TILE, 64, SUMS(1, 1));
     clear_sums();
 }
 
@@ -135,7 +135,7 @@ INLINE void multiply_product_pass(struct amx_run *run, const struct amx_pass *pa
 #undef X
         if (quarter == 0) add_pending(run);
     }
-    take_lone_sums(run);
+    take_sums(run, SUMS_AT(0, 0, 0), SUMS_AT(1, 0, 0));
 }
 
 /* panel: the products of two columns of 8 tiles; rate2 is a constant when inlined. (Slower: decoding a quarter while the one before is
@@ -213,7 +213,7 @@ INLINE void multiply_integer_pass(struct amx_run *run, const struct amx_pass *pa
             multiply_half(run->panel, half, 1, true);
         }
         add_pending(run);
-        take_lone_sums(run);
+        take_sums(run, SUMS_AT(0, 0, 0), SUMS_AT(1, 0, 0));
         return;
     }
     for (int side = 0; side < 2; side++) {
@@ -223,11 +223,7 @@ INLINE void multiply_integer_pass(struct amx_run *run, const struct amx_pass *pa
             multiply_half(run->panel, half, side, false);
         }
         add_pending(run);
-        TILE_STORE(run->sums + SUMS_AT(side, 0, 0), 64, SUMS(0, 0));
-        TILE_STORE(run->sums + SUMS_AT(side, 0, 1), 64, SUMS(0, 1));
-        TILE_STORE(run->sums + SUMS_AT(side, 1, 0), 64, SUMS(1, 0));
-        TILE_STORE(run->sums + SUMS_AT(side, 1, 1), 64, SUMS(1, 1));
-        clear_sums();
+        take_sums(run, SUMS_AT(side, 0, 0), SUMS_AT(side, 1, 0));
     }
 }
 
@@ -249,7 +245,7 @@ static void multiply_amx(float *y, const struct mm_weight *weight, int64_t block
     clear_sums();
     start_columns(y, row, ld, rows, weight->k / MM_HADAMARD, ROW8_FLOATS);
     for (int64_t b = 0; b < weight->k / MM_HADAMARD; b++) {
-        struct column column = column_of(weight, block, b, 0, TILES, false);
+        struct column column = column_of(weight, block, b, 0, BLOCK_TILES);
         for (int j = 0; j < BLOCK_TILES; j += TILES, column.tile += TILES * MM_TILE_BYTES(weight->rate2)) {
             if (products)
                 decode(run.panel, &column);

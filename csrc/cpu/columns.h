@@ -148,7 +148,7 @@ static void multiply(float *y, const struct mm_weight *weight, int64_t block, co
     for (int j = 0; j < BLOCK_TILES; j++) {
         float *out = y + j * MM_TILE;
         for (int64_t k = 0; k < weight->k; k += MM_HADAMARD) {
-            struct column column = column_of(weight, block, k / MM_HADAMARD, j, 1, true);
+            struct column column = column_of(weight, block, k / MM_HADAMARD, j, 1);
             if (rows == 1) {
                 multiply_column(out, weight, &column, row + k);
                 continue;
@@ -189,7 +189,7 @@ static void multiply_transposed(float *dx, const struct mm_weight *weight, int64
 static void decode_block(float *out, const struct mm_weight *weight, int64_t k_block, int64_t n_block) {
     floats panel[BLOCK_TILES * TILE_VECTORS];
     for (int j = 0; j < BLOCK_TILES; j++) {
-        struct column column = column_of(weight, n_block, k_block, j, 1, true);
+        struct column column = column_of(weight, n_block, k_block, j, 1);
         decode_panel(panel, weight, &column, BLOCK_TILES);
         for (int row = 0; row < MM_HADAMARD; row++)
             memcpy(out + (row / MM_TILE * MM_TILE + STEP_ROW(row % MM_TILE)) * MM_HADAMARD + j * MM_TILE, panel + row * ROW_VECTORS,

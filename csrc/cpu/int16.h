@@ -1,6 +1,6 @@
 /* mul1 in 16-bit integers: a weight is scale * (S - 510) + a small constant, S the sum of a product's four bytes, so a dot product
  * is an integer one and scale and constant follow once a block. Included by a level's file after kernels.h; codebooks other than
- * mul1 go to the level's own kernels.
+ * mul1 go to the level's own kernels, or, on rows of 8 bits, to those of pairs.h where a level defines INTEGERS_OF_PAIRS.
  *
  * What is exact and what is not: S and the integer sums are exact. The format's rounding of every weight to binary16 is left
  * out (at most 2^-10 of a weight's size), and a rotated row is rounded to 16 bits, with one scale for 128 inputs: each input is
@@ -215,7 +215,7 @@ static void multiply_integers(float *y, const struct mm_weight *weight, int64_t 
     start_columns(y, row, ld, rows, blocks, block_floats);
     for (int64_t b = 0; b < blocks; b++) { /* then its columns: tiles side by side lie in the same pages */
         const float *in = row + b * block_floats;
-        struct column column = column_of(weight, block, b, 0, TILES, false);
+        struct column column = column_of(weight, block, b, 0, BLOCK_TILES);
         for (int j = 0; j < BLOCK_TILES; j += TILES, column.tile += TILES * tile_bytes) {
             float *out = y + j * MM_TILE;
             int64_t r = 0;
@@ -362,7 +362,7 @@ static void multiply_int8(float *y, const struct mm_weight *weight, int64_t bloc
     const struct row8 *in = (const struct row8 *)(const void *)row;
     start_columns(y, row, ld, rows, blocks, ROW8_FLOATS);
     for (int64_t b = 0; b < blocks; b++) {
-        struct column column = column_of(weight, block, b, 0, TILES, false);
+        struct column column = column_of(weight, block, b, 0, BLOCK_TILES);
         for (int j = 0; j < BLOCK_TILES; j += TILES, column.tile += TILES * tile_bytes) {
             if (multiply_one) multiply_one(y + j * MM_TILE, in + b, &column);
 #ifdef INTEGERS_OF_PAIRS

@@ -68,15 +68,13 @@ INLINE const uint8_t *tile_at(const struct mm_weight *weight, int64_t block, int
     return mm_weight_block(weight, block) + b * BLOCK_TILES * (weight->n / MM_TILE) * MM_TILE_BYTES(weight->rate2) + j * MM_TILE_BYTES(weight->rate2);
 }
 
-/* Tile column j of a block, inputs 128 b on, in a walk over the columns of each b, or down each column (`under`), `step` at a time. */
-INLINE struct column column_of(const struct mm_weight *weight, int64_t block, int64_t b, int j, int step, bool under) {
+/* Tile column j of a block, inputs 128 b on, in a walk that takes `together` columns from j on down all inputs before the next ones. */
+INLINE struct column column_of(const struct mm_weight *weight, int64_t block, int64_t b, int j, int together) {
     const uint8_t *tile = tile_at(weight, block, b, j), *then = weight->next ? weight->next : tile;
     if (b + 1 < weight->k / MM_HADAMARD)
         then = tile_at(weight, block, b + 1, j);
-    else if (!under && weight->next)
-        then += j * MM_TILE_BYTES(weight->rate2);
-    else if (under && j + step < BLOCK_TILES)
-        then = tile_at(weight, block, 0, j + step);
+    else if (j + together < BLOCK_TILES)
+        then = tile_at(weight, block, 0, j + together);
     return (struct column){tile, weight->n / MM_TILE * MM_TILE_BYTES(weight->rate2), (int64_t)((uintptr_t)then - (uintptr_t)tile)};
 }
 

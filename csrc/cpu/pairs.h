@@ -1,11 +1,13 @@
-/* 3inst and mcg in integers: 4096 times a weight is an integer of 16 bits. Or the middle of two, for weights below a quarter; then it is rounded, and
- * the weight is 2^-13 off. So int16.h's panels of byte sums and their products serve these codebooks as well, on rows of 8 bits. Included by int16.h where a level defines
+/* 3inst and mcg in integers: 4096 times a weight is an integer of 16 bits. Or the middle of two, for weights below a quarter; then it is
+ * rounded, and the weight is 2^-13 off. So int16.h's panels of byte sums and their products serve these codebooks as well, on rows of 8
+ * bits. Included by int16.h where a level defines
  *   INTEGERS_OF_PAIRS            a function (low, high, addend) -> halves: PAIR_SCALE times the weights of a product's halves, signed
  * after panel.h, whose codebooks' states (states.h) are of the same tiles side by side as int16.h's, 16 positions a lane. */
 
 INLINE halves integers_of_states(halves states, uint32_t multiplier, uint32_t addend) {
-    const halves zero = {0}, m_low = zero + (uint16_t)multiplier, m_high = zero + (uint16_t)(multiplier >> 16);
-    return INTEGERS_OF_PAIRS(states * m_low, product_high(states, m_low) + states * m_high, addend);
+    halves low, high;
+    multiply_state(&low, &high, states, multiplier);
+    return INTEGERS_OF_PAIRS(low, high, addend);
 }
 
 INLINE void integers_in_place(halves *panel, uint32_t multiplier, uint32_t addend) {

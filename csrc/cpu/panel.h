@@ -54,16 +54,18 @@ static void rotate_grad(float *spread, const float *grad, const uint16_t *svh, i
 #define CUT_TILES VECTOR_TILES
 #include "cpu/states.h"
 
+/* A product's halves, from states */
+INLINE void multiply_state(halves *low, halves *high, halves state, uint32_t multiplier) {
+    const halves zero = {0}, m_low = zero + (uint16_t)multiplier, m_high = zero + (uint16_t)(multiplier >> 16);
+    *low = state * m_low;
+    *high = product_high(state, m_low) + state * m_high;
+}
+
 /* out [2][2]: the values of two vectors of states */
 INLINE void decode_two(floats (*out)[2], const halves *left, const halves *right, uint32_t multiplier, uint32_t addend, int codebook,
                        bool rounded) {
-    const halves zero = {0}, m_low = zero + (uint16_t)multiplier, m_high = zero + (uint16_t)(multiplier >> 16);
     halves low[2], high[2];
-    for (int i = 0; i < 2; i++) {
-        halves state = i ? *right : *left;
-        low[i] = state * m_low;
-        high[i] = product_high(state, m_low) + state * m_high;
-    }
+    for (int i = 0; i < 2; i++) multiply_state(&low[i], &high[i], i ? *right : *left, multiplier);
     values_of_products(out, low, high, addend, codebook, rounded);
 }
 
@@ -85,9 +87,12 @@ INLINE void decode_states(floats *panel, floats *sums, const float *row, const h
         for (int i = 0; i < PAIR_VECTORS; i++) sums[i] += sum[i];
 }
 
-/* decode_states, with the codebook a constant */
-INLINE void decode_codebook(floats *panel, floats *sums, const float *row, const halves *states, int64_t tiles, int codebook, bool rounded) {
-    switch (codebook) {
+/* decode_states of a column's first tiles, with the codebook a constant */
+INLINE void decode_column(floats *panel, floats *sums, const float *row, const struct mm_weight *weight, const struct column *column,
+                          int64_t tiles, bool rounded) {
+    halves states[BLOCK_TILES * 16];
+    cutter_of(weight->rate2)(states, column, tiles);
+    switch (weight->codebook) {
 #define X(id, name, multiplier, addend, half_rates) \
     case id: decode_states(panel, sums, row, states, tiles, multiplier, addend, id, rounded); break;
         MM_CODEBOOKS(X)
@@ -98,29 +103,21 @@ INLINE void decode_codebook(floats *panel, floats *sums, const float *row, const
 
 /* panel [tiles, 8 pairs, 4]: up to 8 tiles of a column */
 static void decode_panel(floats *panel, const struct mm_weight *weight, const struct column *column, int64_t tiles) {
-    halves states[BLOCK_TILES * 16];
-    cutter_of(weight->rate2)(states, column, tiles);
-    decode_codebook(panel, NULL, NULL, states, tiles, weight->codebook, true);
+    decode_column(panel, NULL, NULL, weight, column, tiles, true);
 }
 
 /* sums [4] += a row times a column of 8 tiles: as decode_panel and multiply_panel, term by term */
 static void multiply_column(floats *sums, const struct mm_weight *weight, const struct column *column, const float *row) {
-    halves states[BLOCK_TILES * 16];
-    cutter_of(weight->rate2)(states, column, BLOCK_TILES);
-    decode_codebook(NULL, sums, row, states, BLOCK_TILES, weight->codebook, true);
+    decode_column(NULL, sums, row, weight, column, BLOCK_TILES, true);
 }
 
 #ifdef UNROUNDED_PAIRS /* the same without the rounding */
 static void decode_unrounded(floats *panel, const struct mm_weight *weight, const struct column *column, int64_t tiles) {
-    halves states[BLOCK_TILES * 16];
-    cutter_of(weight->rate2)(states, column, tiles);
-    decode_codebook(panel, NULL, NULL, states, tiles, weight->codebook, false);
+    decode_column(panel, NULL, NULL, weight, column, tiles, false);
 }
 
 static void multiply_unrounded_column(floats *sums, const struct mm_weight *weight, const struct column *column, const float *row) {
-    halves states[BLOCK_TILES * 16];
-    cutter_of(weight->rate2)(states, column, BLOCK_TILES);
-    decode_codebook(NULL, sums, row, states, BLOCK_TILES, weight->codebook, false);
+    decode_column(NULL, sums, row, weight, column, BLOCK_TILES, false);
 }
 #endif
 
@@ -154,7 +151,7 @@ INLINE void multiply_values(float *y, const struct mm_weight *weight, int64_t bl
     for (int j = 0; j < BLOCK_TILES; j += COLUMNS_TOGETHER) {
         memset(sums, 0, (size_t)(rows * row_sums) * sizeof *sums);
         for (int64_t k = 0; k < weight->k; k += MM_HADAMARD) {
-            struct column column = column_of(weight, block, k / MM_HADAMARD, j, COLUMNS_TOGETHER, true);
+            struct column column = column_of(weight, block, k / MM_HADAMARD, j, COLUMNS_TOGETHER);
             for (int c = 0; c < PANELS; c++, column.tile += vector_bytes)
                 if (rows == 1)
                     multiply_one(sums + c * PAIR_VECTORS, weight, &column, row + k);
@@ -226,7 +223,7 @@ static void decode_block(float *out, const struct mm_weight *weight, int64_t k_b
     floats panel[PANEL_VECTORS];
     const float *values = (const float *)panel;
     for (int j = 0; j < BLOCK_TILES; j += VECTOR_TILES) {
-        struct column column = column_of(weight, n_block, k_block, j, VECTOR_TILES, true);
+        struct column column = column_of(weight, n_block, k_block, j, VECTOR_TILES);
         decode_panel(panel, weight, &column, BLOCK_TILES);
         for (int at = 0; at < PANEL_VECTORS * FLOAT_LANES; at++) {
             int lane = at % FLOAT_LANES, vector = at / FLOAT_LANES % PAIR_VECTORS, pair = at / FLOAT_LANES / PAIR_VECTORS;

@@ -127,7 +127,7 @@ static void multiply_rows8(float *y, const struct mm_weight *weight, int64_t blo
             const float *in = row + b * ROW8_FLOATS;
             float *out = y + j * MM_TILE;
             int64_t r = 0;
-            struct column column = column_of(weight, block, b, j, 1, true);
+            struct column column = column_of(weight, block, b, j, 1);
             decode(panel, &column);
 #define X(count) \
     for (; r + count <= rows; r += count) multiply_digits(out + r * MM_HADAMARD, panel, in + r * ld, ld, count);
