@@ -49,6 +49,9 @@ EMULATED_HALVES(emulated_maddubs_epi16, _mm256_maddubs_epi16)
 EMULATED_HALVES(emulated_unpacklo_epi16, _mm256_unpacklo_epi16)
 EMULATED_HALVES(emulated_unpackhi_epi16, _mm256_unpackhi_epi16)
 
+EMULATED_HALVES(emulated_max_epi32, _mm256_max_epi32)
+EMULATED_HALVES(emulated_packs_epi32, _mm256_packs_epi32)
+
 EMULATED __m512i emulated_shldi_epi16(__m512i a, __m512i b, int count) {
     emulated_zmm x = {a}, y = {b};
     for (int i = 0; i < 2; i++)
@@ -95,6 +98,8 @@ EMULATED __m512d emulated_set1_pd(double value) {
     return (__m512d)out.whole;
 }
 
+EMULATED void emulated_storeu_si512(void *to, __m512i a) { memcpy(to, &a, sizeof a); }
+
 EMULATED __m512i emulated_loadu_si512(const void *from) {
     emulated_zmm out;
     memcpy(&out, from, sizeof out);
@@ -113,6 +118,14 @@ EMULATED __m512 emulated_cvtph_ps(__m256i a) {
         __m256 half[2];
         __m512 whole;
     } out = {{_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1))}};
+    return out.whole;
+}
+
+EMULATED __m512i emulated_cvtps_epi32(__m512 a) {
+    __m256 halves[2];
+    emulated_zmm out;
+    memcpy(halves, &a, sizeof a);
+    for (int i = 0; i < 2; i++) out.half[i] = _mm256_cvtps_epi32(halves[i]);
     return out.whole;
 }
 
@@ -144,6 +157,10 @@ EMULATED __m512 emulated_shuffle_f32x4(__m512 a, __m512 b, int selected) {
 #define _mm512_maddubs_epi16 emulated_maddubs_epi16
 #define _mm512_unpacklo_epi16 emulated_unpacklo_epi16
 #define _mm512_unpackhi_epi16 emulated_unpackhi_epi16
+#define _mm512_max_epi32 emulated_max_epi32
+#define _mm512_cvtps_epi32 emulated_cvtps_epi32
+#define _mm512_packs_epi32 emulated_packs_epi32
+#define _mm512_storeu_si512 emulated_storeu_si512
 #define _mm512_shldi_epi16 emulated_shldi_epi16
 #define _mm512_mask_permutexvar_epi8 emulated_mask_permutexvar_epi8
 #define _mm512_permutexvar_epi8(index, a) emulated_mask_permutexvar_epi8(a, ~UINT64_C(0), index, a)

@@ -1,6 +1,7 @@
 /* The AVX-512 levels (avx512.h). */
 #if defined(__x86_64__)
 #define TARGET AVX512_TARGET
+#define WIDE_LANES 16
 #define LEVEL "avx512"
 #define INT16_LEVEL "avx512-int16"
 #define INT8_LEVEL "avx512-int8"

@@ -57,6 +57,15 @@ INLINE halves integers_of_pairs(halves low, halves high, uint32_t addend) {
 }
 #define INTEGERS_OF_PAIRS integers_of_pairs
 
+INLINE void order_bytes(int8_t *once, const int16_t *q) {
+    static const alignas(64) uint8_t lower[64] = { /* of two tiles; the rest is not used */
+        0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30, 32, 48, 34, 50, 36, 52, 38, 54, 40, 56, 42, 58, 44, 60, 46, 62};
+    for (int tile = 0; tile < BLOCK_TILES; tile += 2) {
+        __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(lower), _mm512_loadu_si512(q + MM_TILE * tile));
+        _mm256_storeu_si256((__m256i *)(void *)(once + MM_TILE * tile), _mm512_castsi512_si256(bytes));
+    }
+}
+
 /* The format's own arithmetic: two binary16 numbers added, or one multiply-add, rounded once. */
 INLINE void values_of_products(floats (*out)[2], halves *low, halves *high, uint32_t addend, int codebook, bool rounded) {
     (void)rounded; /* by the addition itself */

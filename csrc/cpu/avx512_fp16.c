@@ -8,6 +8,7 @@
 #endif
 #if defined(__x86_64__) && (__GNUC__ >= 12 || __clang_major__ >= 14)
 #define TARGET AVX512_TARGET
+#define WIDE_LANES 16
 #define LEVEL "avx512-fp16"
 #define INT16_LEVEL "avx512-fp16-int16"
 #define INT8_LEVEL "avx512-fp16-int8"

@@ -31,7 +31,7 @@ typedef float32x4_t floats;
 /* Not spread at all, in a quarter of the memory that cpu.h allows. */
 static void rotate_grad(float *spread, const float *grad, const uint16_t *svh, int64_t n, int64_t used) {
     for (int64_t i = 0; i < n; i += MM_HADAMARD) {
-        vec8 rotated[16];
+        wide rotated[WIDES];
         scale_rotate(rotated, grad + i, svh + i, used - i);
         memcpy(spread + i, rotated, sizeof rotated);
     }

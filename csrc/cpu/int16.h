@@ -22,9 +22,10 @@
  *   add_products(sums, s, q, step) sums [PARTS] += s * q, signed, q a tile's inputs: s[i] * q[step] for lane i, or for two lanes
  *                                  s[2 i] * q[2 step] + s[2 i + 1] * q[2 step + 1]
  *   halves_of_tiles(h, rate2, tile)  h[0], h[1], ... as above; rate2 is a constant
- *   round_values(v)                8 floats to the nearest integers
- *   order_tile(q, first, second)   q [16] = a tile's inputs, 16 bits of each, in the order of the steps: by pairs of lanes 0 4 1 5 8 12 9 13
- *                                  2 6 3 7 10 14 11 15, or by whole lanes 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15
+ *   larger(a, b)                   the larger one of every lane of two iwide
+ *   round_values(v)                a wide to the nearest integers
+ *   order_inputs(q, inputs)        q [128] = inputs, 16 bits of each, those of a tile in the order of the steps: by pairs of lanes 0 4 1 5
+ *                                  8 12 9 13 2 6 3 7 10 14 11 15, or by whole lanes 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15
  *
  * It may define INT8_LEVEL too, the name of a level that rounds inputs to 8 bits, by at most 1/254 of a block's largest, with
  *   add_byte_products(sums, s, q)  sums += s * q in dwords: unsigned bytes of s, signed bytes of q [4], which all dwords share
@@ -64,24 +65,22 @@ _Static_assert(sizeof(struct row16) == 320, "whole cache lines");
 #define ROW16_FLOATS ((int64_t)(sizeof(struct row16) / sizeof(float)))
 
 /* v [128], rotated, to integers of at most `limit`. A NaN or Inf makes the block NaN; a block whose largest value is below 1e-34 counts as 0. */
-INLINE void quantize(struct row16 *row, const vec8 *v, float limit, int codebook) {
-    ivec8 largest[2] = {{0}, {0}}, sums = {0}; /* sizes compare as integers, NaN above Inf above all others */
-    for (int i = 0; i < 16; i++) {
-        ivec8 size = (ivec8)v[i] & 0x7FFFFFFF, more = size > largest[i % 2];
-        largest[i % 2] = (size & more) | (largest[i % 2] & ~more);
-    }
-    int32_t most_bits = 0;
-    for (int i = 0; i < 16; i++) most_bits = largest[i / 8][i % 8] > most_bits ? largest[i / 8][i % 8] : most_bits;
-    int finite = most_bits < 0x7F800000 ? -1 : 0;
-    float most = mm_float_of_bits((uint32_t)most_bits), bad = most * 0.0f;
+INLINE void quantize(struct row16 *row, const wide *v, float limit, int codebook) {
+    iwide inputs[WIDES], largest = {0}, sums = {0}; /* sizes compare as integers, NaN above Inf above all others */
+    UNROLL(16) for (int i = 0; i < WIDES; i++) largest = larger(largest, (iwide)v[i] & 0x7FFFFFFF);
+    COMBINE_LANES(largest, larger);
+    int finite = largest[0] < 0x7F800000 ? -1 : 0;
+    float most = mm_float_of_bits((uint32_t)largest[0]), bad = most * 0.0f;
     float unit = most / limit, inverse = unit > 3e-39f ? 1.0f / unit : 0.0f;
-    for (int tile = 0; tile < BLOCK_TILES; tile++) {
-        ivec8 first = round_values(v[2 * tile] * inverse) & finite, second = round_values(v[2 * tile + 1] * inverse) & finite;
-        sums += first + second;
-        order_tile(row->q + MM_TILE * tile, first, second);
+    UNROLL(16) for (int i = 0; i < WIDES; i++) {
+        inputs[i] = round_values(v[i] * inverse) & finite;
+        sums += inputs[i];
     }
-    int32_t total = 0;
-    for (int i = 0; i < 8; i++) total += sums[i];
+    order_inputs(row->q, inputs);
+#define ADD(a, b) ((a) + (b))
+    COMBINE_LANES(sums, ADD);
+#undef ADD
+    int32_t total = sums[0];
     if (codebook != MM_CODEBOOK_MUL1) {
         row->scale = unit / PAIR_SCALE + bad;
         row->constant = bad;
@@ -104,7 +103,7 @@ static void rotate_in_int16(float *row, const float *x, const uint16_t *suh, int
         return;
     }
     for (int64_t i = 0; i < k; i += MM_HADAMARD, row += ROW16_FLOATS) {
-        vec8 rotated[16];
+        wide rotated[WIDES];
         scale_rotate(rotated, x + i, suh + i, used - i);
         quantize((struct row16 *)(void *)row, rotated, INT16_MAX, codebook);
     }
@@ -280,14 +279,12 @@ static void rotate_in_int8(float *row, const float *x, const uint16_t *suh, int6
         return;
     }
     for (int64_t i = 0; i < k; i += MM_HADAMARD, row += ROW8_FLOATS) {
-        vec8 rotated[16];
+        wide rotated[WIDES];
         struct row8 *out = (struct row8 *)(void *)row;
         scale_rotate(rotated, x + i, suh + i, used - i);
         quantize(&out->row, rotated, INT8_MAX, codebook);
 #ifdef INTEGERS_OF_PAIRS
-        typedef uint16_t half_tile __attribute__((vector_size(16), may_alias));
-        half_tile *once = (half_tile *)(void *)out->once, *q = (half_tile *)(void *)out->row.q;
-        for (int tile = 0; tile < BLOCK_TILES; tile++) once[tile] = (q[2 * tile] & 0xFF) | q[2 * tile + 1] << 8;
+        order_bytes(out->once, out->row.q);
         if (codebook != MM_CODEBOOK_MUL1) continue;
 #endif
         if (REPEATS == 2) {

@@ -1,7 +1,8 @@
 /* The kernels of a SIMD level that do not depend on how it decodes: Hadamards, conversions, activations, and the level's table.
- * In C over 8-wide vectors. Included once by each level's file, which first defines
+ * In C over 8-wide vectors, Hadamards over the widest. Included once by each level's file, which first defines
  *   LEVEL                       the level's name, for the table
  *   load_half, store_half       binary16 rows
+ *   wide_of_halves(in)          a vector of them (vector.h)
  * and then includes how it reads weights, with prepare, and the products, which complete the functions declared here: tiles.h or panel.h. */
 #include <math.h>
 #include <string.h>
@@ -24,35 +25,40 @@ static void decode_block(float *out, const struct mm_weight *weight, int64_t k_b
 
 /* ---- Hadamard ---- */
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define PARTNERS(v, a, b, c, d, e, f, g, h) __builtin_shufflevector(v, v, a, b, c, d, e, f, g, h)
-#else
-#define PARTNERS(v, a, b, c, d, e, f, g, h) __builtin_shuffle(v, (ivec8){a, b, c, d, e, f, g, h})
-#endif
+#define WIDES (MM_HADAMARD / WIDE_LANES)
 
-/* The upper bits of the index: butterflies between whole vectors. */
-INLINE void butterflies(vec8 *v, int count) {
-    for (int half = 1; half < count; half *= 2)
-        for (int i = 0; i < count; i += 2 * half)
-            for (int j = i; j < i + half; j++) {
-                vec8 a = v[j], b = v[j + half];
-                v[j] = a + b;
-                v[j + half] = a - b;
-            }
+/* A bit of the index of whole vectors; half, that bit, is a constant when inlined. */
+INLINE void butterflies(wide *v, int half) {
+    UNROLL(8) for (int pair = 0; pair < WIDES / 2; pair++) {
+        int i = pair / half * 2 * half + pair % half;
+        wide a = v[i], b = v[i + half];
+        v[i] = a + b;
+        v[i + half] = a - b;
+    }
 }
 
-/* v [128] times the natural-order (Sylvester) Hadamard matrix over sqrt(128). The lower 3 bits of the index are butterflies within a vector:
+/* v [128] times the natural-order (Sylvester) Hadamard matrix over sqrt(128). The lower bits of the index are butterflies within a vector:
  * a lane's partner plus or minus the lane. The scale comes first: only products with a sign are added, so that it makes no difference
  * which of them a compiler fuses with an addition. */
-INLINE void hadamard128(vec8 *v) {
-    const vec8 odd = {1, -1, 1, -1, 1, -1, 1, -1}, pairs = {1, 1, -1, -1, 1, 1, -1, -1}, halves_of = {1, 1, 1, 1, -1, -1, -1, -1};
-    for (int i = 0; i < 16; i++) {
-        vec8 x = v[i] * MM_HADAMARD_SCALE;
-        x = PARTNERS(x, 1, 0, 3, 2, 5, 4, 7, 6) + x * odd;
-        x = PARTNERS(x, 2, 3, 0, 1, 6, 7, 4, 5) + x * pairs;
-        v[i] = PARTNERS(x, 4, 5, 6, 7, 0, 1, 2, 3) + x * halves_of;
+INLINE void hadamard128(wide *v) {
+#define SIGN(i, half) ((i) & (half) ? -1 : 1)
+#define BUTTERFLY(half) x = PARTNERS(x, half) + x * (wide){BY_LANE(SIGN, half)}
+    UNROLL(16) for (int i = 0; i < WIDES; i++) {
+        wide x = v[i] * MM_HADAMARD_SCALE;
+        BUTTERFLY(1);
+        BUTTERFLY(2);
+        BUTTERFLY(4);
+#if WIDE_LANES == 16
+        BUTTERFLY(8);
+#endif
+        v[i] = x;
     }
-    butterflies(v, 16);
+#undef BUTTERFLY
+#undef SIGN
+    butterflies(v, 1);
+    butterflies(v, 2);
+    butterflies(v, 4);
+    if (WIDES > 8) butterflies(v, WIDES / 2);
 }
 
 /* ---- weights ---- */
@@ -116,24 +122,21 @@ static void store(void *out, const float *in, enum mm_float type, int64_t count)
 }
 
 /* out [128] = H(in * scale), both sides in the order of the channels; the channels from `used` on are 0 */
-INLINE void scale_rotate(vec8 *out, const float *in, const uint16_t *scale, int64_t used) {
-    float factors[MM_HADAMARD];
-    load_half(factors, scale, MM_HADAMARD);
-    for (int i = 0; i < MM_HADAMARD; i++) ((float *)out)[i] = in[i] * factors[i];
+INLINE void scale_rotate(wide *out, const float *in, const uint16_t *scale, int64_t used) {
+    for (int i = 0; i < WIDES; i++) out[i] = ((const uwide *)(const void *)in)[i] * wide_of_halves(scale + i * WIDE_LANES);
     for (int64_t i = used; i < MM_HADAMARD; i++) ((float *)out)[i] = 0;
     hadamard128(out);
 }
 
 static void rotate_out(float *y, int64_t rows, const uint16_t *svh, const uint16_t *bias) {
-    float scale[MM_HADAMARD], shift[MM_HADAMARD] = {0};
-    load_half(scale, svh, MM_HADAMARD);
-    if (bias) load_half(shift, bias, MM_HADAMARD);
+    wide scale[WIDES], shift[WIDES] = {{0}};
+    for (int i = 0; i < WIDES; i++) scale[i] = wide_of_halves(svh + i * WIDE_LANES);
+    for (int i = 0; bias && i < WIDES; i++) shift[i] = wide_of_halves(bias + i * WIDE_LANES);
     for (int64_t r = 0; r < rows; r++, y += MM_HADAMARD) {
-        vec8 rotated[16];
+        wide rotated[WIDES];
         memcpy(rotated, y, sizeof rotated);
         hadamard128(rotated);
-        const float *h = (const float *)rotated;
-        for (int i = 0; i < MM_HADAMARD; i++) y[i] = h[i] * scale[i] + shift[i];
+        for (int i = 0; i < WIDES; i++) ((uwide *)(void *)y)[i] = rotated[i] * scale[i] + shift[i];
     }
 }
 
@@ -145,7 +148,7 @@ static void dequantize(float *out, const struct mm_weight *weight, int64_t k_blo
     float svh[MM_HADAMARD], suh[MM_HADAMARD];
     load_half(svh, weight->svh + n_block * MM_HADAMARD, MM_HADAMARD);
     load_half(suh, weight->suh + k_block * MM_HADAMARD, MM_HADAMARD);
-    for (int row = 0; row < MM_HADAMARD; row++) hadamard128((vec8 *)(void *)(out + row * MM_HADAMARD));
+    for (int row = 0; row < MM_HADAMARD; row++) hadamard128((wide *)(void *)(out + row * MM_HADAMARD));
     for (int half = 1; half < MM_HADAMARD; half *= 2) /* the other side: butterflies between rows */
         for (int i = 0; i < MM_HADAMARD; i += 2 * half)
             for (int row = i; row < i + half; row++) {

@@ -22,6 +22,13 @@ static void store_half(uint16_t *out, const float *in, int64_t count) {
     for (int64_t i = whole; i < count; i++) out[i] = mm_half_of_float(in[i]);
 }
 
+INLINE wide wide_of_halves(const uint16_t *in) {
+    float32x4_t halved[2] = {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(in))), vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(in + 4)))};
+    wide both;
+    memcpy(&both, halved, sizeof both);
+    return both;
+}
+
 #include "cpu/kernels.h"
 #include "cpu/gather_neon.h"
 
@@ -136,23 +143,33 @@ INLINE void add_products(sums32 *sums, halves s, const int16_t *q, int step) {
     }
 }
 
-INLINE ivec8 round_values(vec8 v) {
+INLINE iwide larger(iwide a, iwide b) {
+    int32x4_t v[2], w[2];
+    memcpy(v, &a, sizeof a);
+    memcpy(w, &b, sizeof b);
+    for (int i = 0; i < 2; i++) v[i] = vmaxq_s32(v[i], w[i]);
+    memcpy(&a, v, sizeof a);
+    return a;
+}
+
+INLINE iwide round_values(wide v) {
     float32x4_t halved[2];
     memcpy(halved, &v, sizeof v);
     int32x4_t rounded[2] = {vcvtnq_s32_f32(halved[0]), vcvtnq_s32_f32(halved[1])};
-    ivec8 both;
+    iwide both;
     memcpy(&both, rounded, sizeof both);
     return both;
 }
 
-INLINE void order_tile(int16_t *q, ivec8 first, ivec8 second) { /* 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15 */
-    int32x4_t v[4];
-    memcpy(v, &first, sizeof first);
-    memcpy(v + 2, &second, sizeof second);
-    int32x4_t low = vreinterpretq_s32_s16(vmovn_high_s32(vmovn_s32(v[0]), v[1]));
-    int32x4_t high = vreinterpretq_s32_s16(vmovn_high_s32(vmovn_s32(v[2]), v[3]));
-    vst1q_s16(q, vreinterpretq_s16_s32(vzip1q_s32(low, high)));
-    vst1q_s16(q + 8, vreinterpretq_s16_s32(vzip2q_s32(low, high)));
+INLINE void order_inputs(int16_t *q, const iwide *inputs) { /* 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15 */
+    for (int i = 0; i < WIDES; i += 2, q += MM_TILE) {
+        int32x4_t v[4];
+        memcpy(v, inputs + i, sizeof v);
+        int32x4_t low = vreinterpretq_s32_s16(vmovn_high_s32(vmovn_s32(v[0]), v[1]));
+        int32x4_t high = vreinterpretq_s32_s16(vmovn_high_s32(vmovn_s32(v[2]), v[3]));
+        vst1q_s16(q, vreinterpretq_s16_s32(vzip1q_s32(low, high)));
+        vst1q_s16(q + 8, vreinterpretq_s16_s32(vzip2q_s32(low, high)));
+    }
 }
 
 #include "cpu/int16.h"

@@ -2,6 +2,7 @@
  * rounded, and the weight is 2^-13 off. So int16.h's panels of byte sums and their products serve these codebooks as well, on rows of 8
  * bits. Included by int16.h where a level defines
  *   INTEGERS_OF_PAIRS            a function (low, high, addend) -> halves: PAIR_SCALE times the weights of a product's halves, signed
+ *   order_bytes(once, q)         the lower bytes of a row's inputs, steps 0 and 4 of a tile in turn, 1 and 5, ...
  * after panel.h, whose codebooks' states (states.h) are of the same tiles side by side as int16.h's, 16 positions a lane. */
 
 INLINE halves integers_of_states(halves states, uint32_t multiplier, uint32_t addend) {

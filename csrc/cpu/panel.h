@@ -36,7 +36,7 @@
 /* Spread as the vectors of a pair are: every column twice, in half of the memory that cpu.h allows. */
 static void rotate_grad(float *spread, const float *grad, const uint16_t *svh, int64_t n, int64_t used) {
     for (int64_t i = 0; i < n; i += MM_HADAMARD) {
-        vec8 rotated[16];
+        wide rotated[WIDES];
         scale_rotate(rotated, grad + i, svh + i, used - i);
         const float *h = (const float *)rotated;
         for (int tile = 0; tile < BLOCK_TILES; tile += VECTOR_TILES)

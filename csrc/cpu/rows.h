@@ -9,7 +9,7 @@ static int64_t row_floats(int codebook) {
 static void rotate_in(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook) {
     (void)codebook;
     for (int64_t i = 0; i < k; i += MM_HADAMARD) {
-        vec8 rotated[16];
+        wide rotated[WIDES];
         scale_rotate(rotated, x + i, suh + i, used - i);
         const float *h = (const float *)rotated;
         for (int tile = 0; tile < BLOCK_TILES; tile++, h += MM_TILE)

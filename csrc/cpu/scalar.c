@@ -71,6 +71,12 @@ static void store_half(uint16_t *out, const float *in, int64_t count) {
     for (int64_t i = 0; i < count; i++) out[i] = mm_half_of_float(in[i]);
 }
 
+INLINE wide wide_of_halves(const uint16_t *in) {
+    wide out;
+    for (int i = 0; i < WIDE_LANES; i++) out[i] = mm_float_of_half(in[i]);
+    return out;
+}
+
 #include "cpu/kernels.h"
 #include "cpu/tiles.h"
 

@@ -16,7 +16,7 @@ static int64_t row_floats(int codebook) {
 static void rotate_in(float *tiled, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook) {
     (void)codebook;
     for (int64_t i = 0; i < k; i += MM_HADAMARD) {
-        vec8 rotated[16];
+        wide rotated[WIDES];
         scale_rotate(rotated, x + i, suh + i, used - i);
         const float *h = (const float *)rotated;
         for (int tile = 0; tile < BLOCK_TILES; tile++, h += MM_TILE)
@@ -31,7 +31,7 @@ static void rotate_in(float *tiled, const float *x, const uint16_t *suh, int64_t
 
 static void rotate_grad(float *spread, const float *grad, const uint16_t *svh, int64_t n, int64_t used) {
     for (int64_t i = 0; i < n; i += MM_HADAMARD) {
-        vec8 rotated[16];
+        wide rotated[WIDES];
         scale_rotate(rotated, grad + i, svh + i, used - i);
         const float *h = (const float *)rotated;
         for (int tile = 0; tile < BLOCK_TILES; tile++, h += MM_TILE)

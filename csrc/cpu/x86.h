@@ -45,19 +45,49 @@ static void store_half(uint16_t *out, const float *in, int64_t count) {
     for (int64_t i = whole; i < count; i++) out[i] = (uint16_t)_cvtss_sh(in[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+#if WIDE_LANES == 16
+INLINE wide wide_of_halves(const uint16_t *in) { return (wide)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)in)); }
+#else
+INLINE wide wide_of_halves(const uint16_t *in) { return (wide)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)in)); }
+#endif
+
 #include "cpu/kernels.h"
 
-INLINE ivec8 round_values(vec8 v) { return (ivec8)_mm256_cvtps_epi32((__m256)v); } /* for int16.h */
+/* For int16.h, 16 positions: the inputs' order is 0 4 1 5 8 12 9 13 2 6 3 7 10 14 11 15. */
+#if WIDE_LANES == 16
+INLINE iwide larger(iwide a, iwide b) { return (iwide)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 
-INLINE void order_tile(int16_t *q, ivec8 first, ivec8 second) { /* for int16.h, 16 positions */
-    const __m128i by_step = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15); /* 0 4 1 5 2 6 3 7 */
-    __m128i low = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)first), _mm256_extracti128_si256((__m256i)first, 1));
-    __m128i high = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)second), _mm256_extracti128_si256((__m256i)second, 1));
-    low = _mm_shuffle_epi8(low, by_step);
-    high = _mm_shuffle_epi8(high, by_step);
-    _mm_storeu_si128((__m128i *)(void *)q, _mm_unpacklo_epi64(low, high));
-    _mm_storeu_si128((__m128i *)(void *)(q + 8), _mm_unpackhi_epi64(low, high));
+INLINE iwide round_values(wide v) { return (iwide)_mm512_cvtps_epi32((__m512)v); }
+
+INLINE void order_inputs(int16_t *q, const iwide *inputs) {
+    /* Two tiles at a time: packed, 4 of one and 4 of the other in turn */
+#define ORDER(first) first, first + 8, first + 1, first + 9, first + 16, first + 24, first + 17, first + 25, \
+    first + 2, first + 10, first + 3, first + 11, first + 18, first + 26, first + 19, first + 27
+    static const alignas(64) uint16_t order[32] = {ORDER(0), ORDER(4)};
+#undef ORDER
+    for (int i = 0; i < WIDES; i += 2, q += 2 * MM_TILE) {
+        __m512i packed = _mm512_packs_epi32((__m512i)inputs[i], (__m512i)inputs[i + 1]);
+        _mm512_storeu_si512(q, _mm512_permutexvar_epi16(_mm512_load_si512(order), packed));
+    }
 }
+#else
+INLINE iwide larger(iwide a, iwide b) { return (iwide)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+
+INLINE iwide round_values(wide v) { return (iwide)_mm256_cvtps_epi32((__m256)v); }
+
+INLINE void order_inputs(int16_t *q, const iwide *inputs) {
+    const __m128i by_step = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15); /* 0 4 1 5 2 6 3 7 */
+    for (int i = 0; i < WIDES; i += 2, q += MM_TILE) {
+        const __m256i first = (__m256i)inputs[i], second = (__m256i)inputs[i + 1];
+        __m128i low = _mm_packs_epi32(_mm256_castsi256_si128(first), _mm256_extracti128_si256(first, 1));
+        __m128i high = _mm_packs_epi32(_mm256_castsi256_si128(second), _mm256_extracti128_si256(second, 1));
+        low = _mm_shuffle_epi8(low, by_step);
+        high = _mm_shuffle_epi8(high, by_step);
+        _mm_storeu_si128((__m128i *)(void *)q, _mm_unpacklo_epi64(low, high));
+        _mm_storeu_si128((__m128i *)(void *)(q + 8), _mm_unpackhi_epi64(low, high));
+    }
+}
+#endif
 
 INLINE vec8 add_pairs(vec8 a, vec8 b) { return (vec8)_mm256_hadd_ps((__m256)a, (__m256)b); }
 
