@@ -411,7 +411,7 @@ static void check_rotations(void) {
             if (spread)
                 level->rotate_grad(out, x, scale, WIDTH, USED);
             else
-                level->rotate_in(out, x, scale, WIDTH, USED, MM_CODEBOOK_3INST);
+                level->rotate_in(out, x, scale, WIDTH, USED, MM_CODEBOOK_3INST, 1);
             enum form form = form_of(level);
             int places = spread ? spread_places(form) : row_places(form);
             for (int first = 0; first < WIDTH; first += BLOCK) {
@@ -514,7 +514,6 @@ static void check_integer_products(const struct mm_kernels *level, const struct 
     for (int64_t i = 0; i < k; i++) ones[i] = 0x3C00;
     for (int64_t i = 0; i < BLOCK; i++) x[i] = i == 5 ? 100.0f : 0.0f; /* one spike: all of a rotated block as large */
     for (int64_t r = 0; r < ROWS; r++) {
-        level->rotate_in(rows + r * ld, x + r * k, ones, k, k, weight->codebook);
         for (int64_t b = 0; b < k / BLOCK; b++) {
             double in[BLOCK], absolute[BLOCK];
             for (int i = 0; i < BLOCK; i++) in[i] = (double)x[r * k + b * BLOCK + i];
@@ -537,6 +536,7 @@ static void check_integer_products(const struct mm_kernels *level, const struct 
     for (int count = 1; count <= ROWS; count++) {
         float *before = y + (count - 1) % 2 * ROWS * BLOCK, *now = y + count % 2 * ROWS * BLOCK;
         memset(now, 0xFF, ROWS * BLOCK * sizeof *now);
+        for (int64_t r = 0; r < count; r++) level->rotate_in(rows + r * ld, x + r * k, ones, k, k, weight->codebook, count);
         level->multiply(now, weight, 1, rows, ld, count, scratch);
         for (int i = 0; i < count * BLOCK; i++) {
             check_close(level->name, "multiply", i, (double)now[i], want[i], bound[i]);
@@ -561,7 +561,7 @@ static void check_integer_states(const struct mm_kernels *level, const struct mm
                 x[i] = i / BLOCK != (first + r) / BLOCK               ? 0.0f
                        : odd_bits((int)i & (int)(first + r) % BLOCK) ? -MM_HADAMARD_SCALE
                                                                      : MM_HADAMARD_SCALE;
-            level->rotate_in(rows + r * ld, x, ones, k, k, weight->codebook);
+            level->rotate_in(rows + r * ld, x, ones, k, k, weight->codebook, MM_ROW_BLOCK);
         }
         for (int64_t block = 0; block < weight->n / BLOCK; block++) {
             level->multiply(y, weight, block, rows, ld, MM_ROW_BLOCK, scratch);
@@ -591,7 +591,7 @@ static void check_integer_agreement(const struct mm_weight *weight, int input_li
             memset(y, 0xFF, sizeof y);
             for (int side = 0; side < 2; side++) {
                 for (int64_t r = 0; r < counts[c]; r++)
-                    pair[side]->rotate_in(rows + r * ld, x + r * k, weight->suh, k, k, weight->codebook);
+                    pair[side]->rotate_in(rows + r * ld, x + r * k, weight->suh, k, k, weight->codebook, counts[c]);
                 pair[side]->multiply(y[side], weight, 1, rows, ld, counts[c], scratch);
             }
             for (int i = 0; i < ROWS * BLOCK; i++)

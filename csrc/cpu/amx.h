@@ -100,8 +100,8 @@ static struct amx_pass pass_of(const struct amx_run *run, float *y, const float 
     return pass;
 }
 
-static const struct row8 *inputs_of(const struct amx_run *run, const struct amx_pass *pass, int tile) {
-    return (const struct row8 *)(const void *)(pass->row + pass->first[tile] * run->ld);
+static const struct row16 *inputs_of(const struct amx_run *run, const struct amx_pass *pass, int tile) {
+    return (const struct row16 *)(const void *)(pass->row + pass->first[tile] * run->ld);
 }
 
 /* ---- the bytes of products: mul1, few rows ---- */
@@ -229,13 +229,22 @@ INLINE void multiply_integer_pass(struct amx_run *run, const struct amx_pass *pa
 
 /* ---- both ---- */
 
+static bool takes_products(int codebook, int64_t rows) { return codebook == MM_CODEBOOK_MUL1 && rows <= MOST_PRODUCT_ROWS; }
+
+static void rotate_in_amx(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook, int64_t rows) {
+    if (rows <= MOST_DIRECT_ROWS)
+        rotate_in_int8(row, x, suh, k, used, codebook, rows);
+    else
+        rotate_to_integers(row, x, suh, k, used, INT8_MAX, codebook, takes_products(codebook, rows) ? REPEATED_BYTES : BYTES);
+}
+
 static void multiply_amx(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
                          float *scratch) {
     if (rows <= MOST_DIRECT_ROWS) {
         multiply_int8(y, weight, block, row, ld, rows, scratch);
         return;
     }
-    bool products = weight->codebook == MM_CODEBOOK_MUL1 && rows <= MOST_PRODUCT_ROWS;
+    bool products = takes_products(weight->codebook, rows);
     sums_decoder decode = products_decoder_of(weight->rate2);
     int64_t row_tiles = (rows + AMX_TILE - 1) / AMX_TILE;
     struct amx_run run = {.ld = ld, .rows = rows, .tile_rows = (rows + row_tiles - 1) / row_tiles, .shift = products ? 0 : 8,
@@ -243,7 +252,7 @@ static void multiply_amx(float *y, const struct mm_weight *weight, int64_t block
     run.sums = (sums32 *)(void *)(run.panel + QUARTERS * QUARTER);
     amx_configure((int)run.tile_rows);
     clear_sums();
-    start_columns(y, row, ld, rows, weight->k / MM_HADAMARD, ROW8_FLOATS);
+    start_columns(y, row, ld, rows, weight->k / MM_HADAMARD);
     for (int64_t b = 0; b < weight->k / MM_HADAMARD; b++) {
         struct column column = column_of(weight, block, b, 0, BLOCK_TILES);
         for (int j = 0; j < BLOCK_TILES; j += TILES, column.tile += TILES * MM_TILE_BYTES(weight->rate2)) {
@@ -252,7 +261,7 @@ static void multiply_amx(float *y, const struct mm_weight *weight, int64_t block
             else
                 decode_bytes(run.panel, weight, &column);
             for (int64_t done = 0; done < rows;) {
-                struct amx_pass pass = pass_of(&run, y + j * MM_TILE, row + b * ROW8_FLOATS, done);
+                struct amx_pass pass = pass_of(&run, y + j * MM_TILE, row + b * ROW16_FLOATS, done);
                 if (products)
                     multiply_product_pass(&run, &pass);
                 else
@@ -271,7 +280,7 @@ static const struct mm_kernels kernels_amx = {
     .input_limits = INT8_LIMITS,
     .prepare = prepare,
     .row_floats = row_floats_int8,
-    .rotate_in = rotate_in_int8,
+    .rotate_in = rotate_in_amx,
     .multiply = multiply_amx,
     SHARED_KERNELS,
 };

@@ -76,9 +76,10 @@ struct mm_kernels {
     void (*load)(float *out, const void *in, enum mm_float type, int64_t stride, int64_t count);
     void (*store)(void *out, const float *in, enum mm_float type, int64_t count);
     int64_t (*row_floats)(int codebook);
-    /* row = H(x * suh), x [k]; channels from `used` on are padding and count as 0 whatever x and suh hold */
-    void (*rotate_in)(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook);
-    /* y [rows, 128] = rotated rows times the 128 columns of `block` */
+    /* row = H(x * suh), x [k]; channels from `used` on are padding and count as 0 whatever x and suh hold. Its form may depend on how many
+     * rows `multiply` will take with it. */
+    void (*rotate_in)(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook, int64_t rows);
+    /* y [rows, 128] = rows, rotated for that many, times the 128 columns of `block` */
     void (*multiply)(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
                      float *scratch);
     /* y [rows, 128] = H(y) * svh + bias, all for one block of 128 columns; also a gradient's last step, with suh */

@@ -53,9 +53,20 @@
 #define SHARERS (32 / POSITIONS)                    /* lanes that share a column */
 #define PARTS ((int)(TILES * sizeof(ivec8) / sizeof(sums32)))
 
-/* A rotated row, 128 inputs of it. q is in the order of a product's steps. */
+#ifndef REPEATS
+#define REPEATS 2
+#endif
+
+/* What a product takes inputs as, in the order of its steps. */
+enum input_form { WORDS, REPEATED_BYTES, BYTES };
+
+/* A rotated row, 128 inputs of it. */
 struct row16 {
-    int16_t q[MM_HADAMARD];
+    union {
+        int16_t q[MM_HADAMARD];
+        int8_t repeated[REPEATS * MM_HADAMARD]; /* for products: each q twice, once for every byte of a halfword */
+        int8_t once[MM_HADAMARD];               /* steps 0 and 4 of a tile in turn, 1 and 5, ... */
+    };
     float scale;    /* of (S - 510) * q */
     float constant; /* what the weights' small constant adds to every column */
     int32_t offset; /* -510 * sum of q: turns sums of S * q into those of (S - 510) * q */
@@ -64,8 +75,27 @@ struct row16 {
 _Static_assert(sizeof(struct row16) == 320, "whole cache lines");
 #define ROW16_FLOATS ((int64_t)(sizeof(struct row16) / sizeof(float)))
 
+INLINE void store_inputs(struct row16 *row, const iwide *inputs, enum input_form form) {
+    _Alignas(64) int16_t q[MM_HADAMARD];
+    if (form == WORDS) {
+        order_inputs(row->q, inputs);
+        return;
+    }
+    order_inputs(q, inputs);
+#ifdef INTEGERS_OF_PAIRS
+    if (form == BYTES) order_bytes(row->once, q);
+#endif
+    if (form == REPEATED_BYTES && REPEATS == 1)
+        for (int at = 0; at < MM_HADAMARD; at++) row->repeated[at] = (int8_t)q[at];
+    if (form == REPEATED_BYTES && REPEATS == 2)
+        for (int at = 0; at < MM_HADAMARD / LANES; at++) {
+            halves low = ((const halves *)(const void *)q)[at] & 0xFF;
+            ((halves *)(void *)row->repeated)[at] = low | low << 8;
+        }
+}
+
 /* v [128], rotated, to integers of at most `limit`. A NaN or Inf makes the block NaN; a block whose largest value is below 1e-34 counts as 0. */
-INLINE void quantize(struct row16 *row, const wide *v, float limit, int codebook) {
+INLINE void quantize(struct row16 *row, const wide *v, float limit, int codebook, enum input_form form) {
     iwide inputs[WIDES], largest = {0}, sums = {0}; /* sizes compare as integers, NaN above Inf above all others */
     UNROLL(16) for (int i = 0; i < WIDES; i++) largest = larger(largest, (iwide)v[i] & 0x7FFFFFFF);
     COMBINE_LANES(largest, larger);
@@ -76,7 +106,7 @@ INLINE void quantize(struct row16 *row, const wide *v, float limit, int codebook
         inputs[i] = round_values(v[i] * inverse) & finite;
         sums += inputs[i];
     }
-    order_inputs(row->q, inputs);
+    store_inputs(row, inputs, form);
 #define ADD(a, b) ((a) + (b))
     COMBINE_LANES(sums, ADD);
 #undef ADD
@@ -92,21 +122,25 @@ INLINE void quantize(struct row16 *row, const wide *v, float limit, int codebook
     row->offset = -CENTRE * total;
 }
 
+INLINE void rotate_to_integers(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, float limit, int codebook,
+                               enum input_form form) {
+    for (int64_t i = 0; i < k; i += MM_HADAMARD, row += ROW16_FLOATS) {
+        wide rotated[WIDES];
+        scale_rotate(rotated, x + i, suh + i, used - i);
+        quantize((struct row16 *)(void *)row, rotated, limit, codebook, form);
+    }
+}
+
 #ifdef INT16_LEVEL
 static int64_t row_floats_int16(int codebook) {
     return codebook == MM_CODEBOOK_MUL1 ? ROW16_FLOATS : row_floats(codebook);
 }
 
-static void rotate_in_int16(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook) {
-    if (codebook != MM_CODEBOOK_MUL1) {
-        rotate_in(row, x, suh, k, used, codebook);
-        return;
-    }
-    for (int64_t i = 0; i < k; i += MM_HADAMARD, row += ROW16_FLOATS) {
-        wide rotated[WIDES];
-        scale_rotate(rotated, x + i, suh + i, used - i);
-        quantize((struct row16 *)(void *)row, rotated, INT16_MAX, codebook);
-    }
+static void rotate_in_int16(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook, int64_t rows) {
+    if (codebook == MM_CODEBOOK_MUL1)
+        rotate_to_integers(row, x, suh, k, used, INT16_MAX, codebook, WORDS);
+    else
+        rotate_in(row, x, suh, k, used, codebook, rows);
 }
 #endif
 
@@ -197,23 +231,23 @@ INLINE void multiply_sums_rows(float *y, const halves *panel, const float *row, 
 }
 
 /* Sets y [rows, 128] to what the weights' small constant gives. */
-static void start_columns(float *y, const float *row, int64_t ld, int64_t rows, int64_t blocks, int64_t block_floats) {
+static void start_columns(float *y, const float *row, int64_t ld, int64_t rows, int64_t blocks) {
     for (int64_t r = 0; r < rows; r++) {
         float constant = 0;
         for (int64_t b = 0; b < blocks; b++)
-            constant += ((const struct row16 *)(const void *)(row + r * ld + b * block_floats))->constant;
+            constant += ((const struct row16 *)(const void *)(row + r * ld + b * ROW16_FLOATS))->constant;
         for (int c = 0; c < MM_HADAMARD; c++) y[r * MM_HADAMARD + c] = constant;
     }
 }
 
 static void multiply_integers(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
-                              int64_t block_floats, float *scratch) {
+                              float *scratch) {
     halves *panel = (halves *)(void *)scratch;
     sums_decoder decode = weight->codebook == MM_CODEBOOK_MUL1 ? decoder_of(weight->rate2) : 0;
     int64_t blocks = weight->k / MM_HADAMARD, tile_bytes = MM_TILE_BYTES(weight->rate2);
-    start_columns(y, row, ld, rows, blocks, block_floats);
+    start_columns(y, row, ld, rows, blocks);
     for (int64_t b = 0; b < blocks; b++) { /* then its columns: tiles side by side lie in the same pages */
-        const float *in = row + b * block_floats;
+        const float *in = row + b * ROW16_FLOATS;
         struct column column = column_of(weight, block, b, 0, BLOCK_TILES);
         for (int j = 0; j < BLOCK_TILES; j += TILES, column.tile += TILES * tile_bytes) {
             float *out = y + j * MM_TILE;
@@ -235,7 +269,7 @@ static void multiply_integers(float *y, const struct mm_weight *weight, int64_t 
 static void multiply_int16(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
                            float *scratch) {
     if (weight->codebook == MM_CODEBOOK_MUL1)
-        multiply_integers(y, weight, block, row, ld, rows, ROW16_FLOATS, scratch);
+        multiply_integers(y, weight, block, row, ld, rows, scratch);
     else
         MULTIPLY_PAIRS(y, weight, block, row, ld, rows, scratch);
 }
@@ -255,56 +289,13 @@ static const struct mm_kernels kernels_int16 = {
 
 #ifdef INT8_LEVEL
 
-#ifndef REPEATS
-#define REPEATS 2
-#endif
-
-struct row8 {
-    struct row16 row;
-    int8_t repeated[REPEATS * MM_HADAMARD]; /* mul1: each q twice, once for every byte of a halfword */
-#ifdef INTEGERS_OF_PAIRS
-    int8_t once[MM_HADAMARD]; /* steps 0 and 4 of a tile in turn, 1 and 5, ... */
-#endif
-};
-#define ROW8_FLOATS ((int64_t)(sizeof(struct row8) / sizeof(float)))
-_Static_assert(sizeof(struct row8) <= MM_MAX_ROW_FLOATS * sizeof(float), "cpu.h");
-
-static int64_t row_floats_int8(int codebook) {
-    return IN_8_BITS(codebook) ? ROW8_FLOATS : row_floats(codebook);
-}
-
-static void rotate_in_int8(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook) {
-    if (!IN_8_BITS(codebook)) {
-        rotate_in(row, x, suh, k, used, codebook);
-        return;
-    }
-    for (int64_t i = 0; i < k; i += MM_HADAMARD, row += ROW8_FLOATS) {
-        wide rotated[WIDES];
-        struct row8 *out = (struct row8 *)(void *)row;
-        scale_rotate(rotated, x + i, suh + i, used - i);
-        quantize(&out->row, rotated, INT8_MAX, codebook);
-#ifdef INTEGERS_OF_PAIRS
-        order_bytes(out->once, out->row.q);
-        if (codebook != MM_CODEBOOK_MUL1) continue;
-#endif
-        if (REPEATS == 2) {
-            halves *bytes = (halves *)(void *)out->repeated;
-            for (int at = 0; at < MM_HADAMARD / LANES; at++) {
-                halves low = ((const halves *)(const void *)out->row.q)[at] & 0xFF;
-                bytes[at] = low | low << 8;
-            }
-        } else
-            for (int at = 0; at < MM_HADAMARD; at++) out->repeated[at] = (int8_t)out->row.q[at];
-    }
-}
-
 #ifdef OWN_ROW8
 #include OWN_ROW8
 #else
 /* y [16 TILES columns of 128] += one block of a row times TILES columns of 8 tiles; rate2 is a constant when inlined */
-INLINE void multiply_row8(float *y, const struct row8 *row, struct column column, int rate2) {
+INLINE void multiply_row8(float *y, const struct row16 *row, struct column column, int rate2) {
     const sums32 none = {0};
-    sums32 sums[2][2] = {{none + row->row.offset, none}, {none + row->row.offset, none}}; /* [side][half of a product] */
+    sums32 sums[2][2] = {{none + row->offset, none}, {none + row->offset, none}}; /* [side][half of a product] */
     const int8_t *q = row->repeated;
     for (int t = 0; t < BLOCK_TILES; t++, column.tile += column.stride, q += 2 * MM_TILE) {
         prefetch_tiles(column.tile, column.ahead, TILES * MM_TILE_BYTES(rate2));
@@ -316,16 +307,16 @@ INLINE void multiply_row8(float *y, const struct row8 *row, struct column column
     }
     for (int side = 0; side < 2; side++) {
         sums[side][0] += sums[side][1];
-        add_columns(y, sums[side], side, row->row.scale);
+        add_columns(y, sums[side], side, row->scale);
     }
 }
 
 #define X(rate2)                                                                                                       \
-    static void multiply_row8_##rate2(float *y, const struct row8 *row, const struct column *column) { multiply_row8(y, row, *column, rate2); }
+    static void multiply_row8_##rate2(float *y, const struct row16 *row, const struct column *column) { multiply_row8(y, row, *column, rate2); }
 MM_ALL_RATES2(X)
 #undef X
 
-typedef void (*row8_multiplier)(float *y, const struct row8 *row, const struct column *column);
+typedef void (*row8_multiplier)(float *y, const struct row16 *row, const struct column *column);
 
 static row8_multiplier row8_multiplier_of(int rate2) {
     switch (rate2) {
@@ -338,32 +329,43 @@ static row8_multiplier row8_multiplier_of(int rate2) {
 }
 #endif
 
+#ifndef MANY_ROWS8
+#define MANY_ROWS8 INT64_MAX
+#define multiply_rows8 multiply_integers
+#endif
+
+static int64_t row_floats_int8(int codebook) {
+    return IN_8_BITS(codebook) ? ROW16_FLOATS : row_floats(codebook);
+}
+
+static void rotate_in_int8(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook, int64_t rows) {
+    bool products = codebook == MM_CODEBOOK_MUL1 && (rows == 1 || rows >= MANY_ROWS8);
+    if (IN_8_BITS(codebook))
+        rotate_to_integers(row, x, suh, k, used, INT8_MAX, codebook, products ? REPEATED_BYTES : WORDS);
+    else
+        rotate_in(row, x, suh, k, used, codebook, rows);
+}
+
 static void multiply_int8(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
                           float *scratch) {
     if (!IN_8_BITS(weight->codebook)) {
         MULTIPLY_PAIRS(y, weight, block, row, ld, rows, scratch);
         return;
     }
-#ifdef MANY_ROWS8
-    if (rows >= MANY_ROWS8) {
-        multiply_rows8(y, weight, block, row, ld, rows, scratch);
-        return;
-    }
-#endif
-    if (rows != 1) {
-        multiply_integers(y, weight, block, row, ld, rows, ROW8_FLOATS, scratch);
+    if (rows > 1) {
+        (rows >= MANY_ROWS8 ? multiply_rows8 : multiply_integers)(y, weight, block, row, ld, rows, scratch);
         return;
     }
     row8_multiplier multiply_one = weight->codebook == MM_CODEBOOK_MUL1 ? row8_multiplier_of(weight->rate2) : 0;
     int64_t blocks = weight->k / MM_HADAMARD, tile_bytes = MM_TILE_BYTES(weight->rate2);
-    const struct row8 *in = (const struct row8 *)(const void *)row;
-    start_columns(y, row, ld, rows, blocks, ROW8_FLOATS);
+    const struct row16 *in = (const struct row16 *)(const void *)row;
+    start_columns(y, row, ld, rows, blocks);
     for (int64_t b = 0; b < blocks; b++) {
         struct column column = column_of(weight, block, b, 0, BLOCK_TILES);
         for (int j = 0; j < BLOCK_TILES; j += TILES, column.tile += TILES * tile_bytes) {
             if (multiply_one) multiply_one(y + j * MM_TILE, in + b, &column);
 #ifdef INTEGERS_OF_PAIRS
-            else multiply_pair_row(y + j * MM_TILE, &in[b].row, weight, &column);
+            else multiply_pair_row(y + j * MM_TILE, &in[b], weight, &column);
 #endif
         }
     }

@@ -14,7 +14,7 @@
 
 static void prepare(void); /* builds the level's tables */
 static int64_t row_floats(int codebook);
-static void rotate_in(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook);
+static void rotate_in(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook, int64_t rows);
 static void rotate_grad(float *spread, const float *grad, const uint16_t *svh, int64_t n, int64_t used);
 static void multiply(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
                      float *scratch);

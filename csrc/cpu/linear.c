@@ -19,6 +19,11 @@ struct linear {
     bool transposed;
 };
 
+/* As many rows from `first` on as one product takes. */
+static int64_t rows_together(const struct linear *run, int64_t first) {
+    return run->rows - first < MM_ROW_BLOCK ? run->rows - first : MM_ROW_BLOCK;
+}
+
 static void rotate_row(int64_t item, void *scratch, void *context) {
     const struct linear *run = context;
     float *row = scratch, *rotated = run->rotated + item * run->ld;
@@ -27,15 +32,15 @@ static void rotate_row(int64_t item, void *scratch, void *context) {
     if (run->transposed)
         mm_cpu->rotate_grad(rotated, row, run->weight->svh, run->in_width, run->in_used);
     else
-        mm_cpu->rotate_in(rotated, row, run->weight->suh, run->in_width, run->in_used,
-                          run->weight->codebook);
+        mm_cpu->rotate_in(rotated, row, run->weight->suh, run->in_width, run->in_used, run->weight->codebook,
+                          rows_together(run, item / MM_ROW_BLOCK * MM_ROW_BLOCK));
 }
 
 static void multiply_block(int64_t item, void *scratch, void *context) {
     const struct linear *run = context;
     struct mm_weight weight = *run->weight;
     int64_t blocks = run->out_width / MM_HADAMARD, block = item % blocks, row = item / blocks * MM_ROW_BLOCK;
-    int64_t rows = run->rows - row < MM_ROW_BLOCK ? run->rows - row : MM_ROW_BLOCK, column = block * MM_HADAMARD;
+    int64_t rows = rows_together(run, row), column = block * MM_HADAMARD;
     float *y = scratch;
     const float *rotated = run->rotated + row * run->ld;
     if (run->transposed) {

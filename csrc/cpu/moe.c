@@ -87,17 +87,31 @@ static const struct segment *segment_of(const struct moe_run *run, int64_t item,
     return &run->segments[run->first_segment + item / blocks];
 }
 
+/* How many rows the segment of `place` has. */
+static int64_t rows_beside(const struct moe_run *run, int64_t place) {
+    int64_t first = run->first_segment, last = run->last_segment; /* it is in [first, last) */
+    while (last - first > 1) {
+        int64_t middle = first + (last - first) / 2;
+        if (run->segments[middle].first <= place)
+            first = middle;
+        else
+            last = middle;
+    }
+    return run->segments[first].rows;
+}
+
 /* ---- forward ---- */
 
 static void rotate_token(int64_t item, void *scratch, void *context) {
     const struct moe_run *run = context;
     const struct mm_stack *gate = &run->moe->gate, *up = &run->moe->up;
     int64_t place = run->first_pair + item, expert = run->moe->ids[run->order[place]];
+    int64_t rows = rows_beside(run, place);
     load_token(scratch, &run->moe->x, token_of(run, place));
     mm_cpu->rotate_in(row_at(run, &run->in_gate, gate, expert, place, 0), scratch, gate->suh + expert * gate->k, gate->k,
-                      run->hidden, codebook_of(gate, expert));
+                      run->hidden, codebook_of(gate, expert), rows);
     mm_cpu->rotate_in(row_at(run, &run->in_up, up, expert, place, 0), scratch, up->suh + expert * up->k, up->k, run->hidden,
-                      codebook_of(up, expert));
+                      codebook_of(up, expert), rows);
 }
 
 /* Where an item's tiles begin; NULL past the phase's last one. */
@@ -135,7 +149,7 @@ static void gate_up_block(int64_t item, void *scratch, void *context) {
     for (int64_t r = 0; r < segment->rows; r++)
         mm_cpu->rotate_in(row_at(run, &run->in_down, &moe->down, segment->expert, segment->first + r, column),
                           act + r * MM_HADAMARD, suh, MM_HADAMARD, moe->intermediate - column,
-                          codebook_of(&moe->down, segment->expert));
+                          codebook_of(&moe->down, segment->expert), segment->rows);
 }
 
 static void down_block(int64_t item, void *scratch, void *context) {

@@ -20,7 +20,7 @@ BEGIN_TARGET(I8MM_TARGET)
 END_TARGET
 BEGIN_TARGET(LEVEL_TARGET)
 
-typedef void (*row8_multiplier)(float *y, const struct row8 *row, const struct column *column);
+typedef void (*row8_multiplier)(float *y, const struct row16 *row, const struct column *column);
 
 static row8_multiplier row8_multiplier_of(int rate2) {
     switch (rate2) {
@@ -94,12 +94,12 @@ INLINE int32x4_t add_digits(int32x4_t sum, uint8x16_t digits, int8x16_t x, int l
 
 /* y [rows, 16 columns of 128] += one block of the rows times a panel; rows is a constant when inlined */
 INLINE void multiply_digits(float *y, const uint8x16_t *panel, const float *row, int64_t ld, int rows) {
-    const struct row8 *in[MANY_ROWS8];
-    UNROLL(4) for (int r = 0; r < rows; r++) in[r] = (const struct row8 *)(const void *)(row + r * ld);
+    const struct row16 *in[MANY_ROWS8];
+    UNROLL(4) for (int r = 0; r < rows; r++) in[r] = (const struct row16 *)(const void *)(row + r * ld);
     for (int side = 0; side < 2; side++) {
         int32x4_t sums[MANY_ROWS8][2][2]; /* [half][a, b] */
         UNROLL(4) for (int r = 0; r < rows; r++)
-            UNROLL(4) for (int i = 0; i < 4; i++) sums[r][i / 2][i % 2] = vdupq_n_s32(i % 2 ? in[r]->row.offset / -CENTRE * 2 : 0);
+            UNROLL(4) for (int i = 0; i < 4; i++) sums[r][i / 2][i % 2] = vdupq_n_s32(i % 2 ? in[r]->offset / -CENTRE * 2 : 0);
         for (int t = 0; t < BLOCK_TILES; t++, panel += 16) {
             int8x16_t x[MANY_ROWS8];
             UNROLL(4) for (int r = 0; r < rows; r++) x[r] = vld1q_s8(in[r]->repeated + MM_TILE * t);
@@ -111,7 +111,7 @@ INLINE void multiply_digits(float *y, const uint8x16_t *panel, const float *row,
         UNROLL(4) for (int r = 0; r < rows; r++) {
             int32x4_t whole[2];
             UNROLL(2) for (int half = 0; half < 2; half++) whole[half] = vmlaq_n_s32(sums[r][half][1], sums[r][half][0], 4);
-            add_columns(y + r * MM_HADAMARD, whole, side, in[r]->row.scale);
+            add_columns(y + r * MM_HADAMARD, whole, side, in[r]->scale);
         }
     }
 }
@@ -121,10 +121,10 @@ static void multiply_rows8(float *y, const struct mm_weight *weight, int64_t blo
     uint8x16_t *panel = (uint8x16_t *)(void *)scratch;
     digits_decoder decode = digits_decoder_of(weight->rate2);
     int64_t blocks = weight->k / MM_HADAMARD;
-    start_columns(y, row, ld, rows, blocks, ROW8_FLOATS);
+    start_columns(y, row, ld, rows, blocks);
     for (int j = 0; j < BLOCK_TILES; j++) {
         for (int64_t b = 0; b < blocks; b++) {
-            const float *in = row + b * ROW8_FLOATS;
+            const float *in = row + b * ROW16_FLOATS;
             float *out = y + j * MM_TILE;
             int64_t r = 0;
             struct column column = column_of(weight, block, b, j, 1);
@@ -149,8 +149,8 @@ INLINE int32x4_t ROW8(add_bytes)(int32x4_t sum, uint32x4_t words, int8x16_t x, i
 }
 
 /* y [16 columns of 128] += one block of a row times a column of 8 tiles; rate2 is a constant when inlined */
-INLINE void ROW8(multiply_row8)(float *y, const struct row8 *row, struct column column, int rate2) {
-    const int32x4_t start = vdupq_n_s32(row->row.offset / CENTRE * (CENTRE - SUBTRACTED));
+INLINE void ROW8(multiply_row8)(float *y, const struct row16 *row, struct column column, int rate2) {
+    const int32x4_t start = vdupq_n_s32(row->offset / CENTRE * (CENTRE - SUBTRACTED));
     int32x4_t sums[4] = {start, start, start, start}; /* columns 0..3, 4..7, ... */
     const int8_t *q = row->repeated;
     for (int t = 0; t < BLOCK_TILES; t++, column.tile += column.stride, q += MM_TILE) {
@@ -170,11 +170,11 @@ INLINE void ROW8(multiply_row8)(float *y, const struct row8 *row, struct column 
                 sums[2 * side + half] = ROW8(add_bytes)(sums[2 * side + half], words[half], x[j / 8], j % 4);
         }
     }
-    for (int side = 0; side < 2; side++) add_columns(y, sums + 2 * side, side, row->row.scale);
+    for (int side = 0; side < 2; side++) add_columns(y, sums + 2 * side, side, row->scale);
 }
 
 #define X(rate2)                                                                                                                 \
-    static void ROW8(multiply_row8_##rate2)(float *y, const struct row8 *row, const struct column *column) { ROW8(multiply_row8)(y, row, *column, rate2); }
+    static void ROW8(multiply_row8_##rate2)(float *y, const struct row16 *row, const struct column *column) { ROW8(multiply_row8)(y, row, *column, rate2); }
 MM_ALL_RATES2(X)
 #undef X
 

@@ -13,8 +13,8 @@ static int64_t row_floats(int codebook) {
     return 2 * MM_HADAMARD;
 }
 
-static void rotate_in(float *tiled, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook) {
-    (void)codebook;
+static void rotate_in(float *tiled, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook, int64_t rows) {
+    (void)codebook, (void)rows;
     for (int64_t i = 0; i < k; i += MM_HADAMARD) {
         wide rotated[WIDES];
         scale_rotate(rotated, x + i, suh + i, used - i);
