@@ -577,7 +577,7 @@ static void check_integer_states(const struct mm_kernels *level, const struct mm
 /* Their integer sums are exact and their few float operations the same, so such levels agree bit for bit. */
 static void check_integer_agreement(const struct mm_weight *weight, int input_limit) {
     enum { ROWS = MM_ROW_BLOCK };
-    static const int counts[] = {1, 15, 16, 17, 34, ROWS}; /* products of several rows at once, and of the rest */
+    static const int counts[] = {1, 2, 15, 16, 17, 32, 33, ROWS}; /* products of several rows at once, and of the rest */
     static float y[2][ROWS * BLOCK];
     const int64_t k = weight->k, ld = k / BLOCK * MM_MAX_ROW_FLOATS;
     float *rows = zeros((size_t)(ROWS * ld) * sizeof *rows), *scratch = zeros(MM_MULTIPLY_SCRATCH * sizeof *scratch);
@@ -759,7 +759,7 @@ static void check_dot(void) {
     }
 }
 
-/* ---- one driver: rows cut into blocks, padding, threads ---- */
+/* ---- the drivers: rows cut into blocks, padding ---- */
 
 static int serial_count(void) { return 1; }
 
@@ -815,6 +815,59 @@ static void check_linear(int codebook, int rate2) {
     mm_free(w), mm_free(x), mm_free(y), mm_free(sums);
 }
 
+/* Experts with as many tokens as take different products: a token's result is the same, bit for bit, as on its own; and that one is near the
+ * scalar level's. */
+static void check_moe(int codebook, int rate2) {
+    enum { HIDDEN = 200, K = 256, INNER = 128, TOKENS = MM_ROW_BLOCK + 3, TOP_K = 2, EXPERTS = 5 };
+    static const int second_slots[EXPERTS] = {0, 33, 17, 2, 1}; /* the first slot of every token is expert 0 */
+    struct mm_weight matrices[3] = {random_weight(codebook, rate2, K, EXPERTS * INNER), random_weight(codebook, rate2, K, EXPERTS * INNER),
+                                    random_weight(codebook, rate2, EXPERTS * INNER, K)};
+    int64_t table[3 * EXPERTS];
+    for (int e = 0; e < EXPERTS; e++) {
+        table[3 * e] = e * (int64_t)K * INNER * rate2 / 32; /* any bits are weights */
+        table[3 * e + 1] = rate2, table[3 * e + 2] = codebook;
+    }
+    struct mm_stack stacks[3];
+    uint16_t *scales[6];
+    for (int m = 0; m < 3; m++) {
+        int64_t k = m < 2 ? K : INNER, n = m < 2 ? INNER : K;
+        scales[2 * m] = random_halves(EXPERTS * k), scales[2 * m + 1] = random_halves(EXPERTS * n);
+        stacks[m] = (struct mm_stack){matrices[m].tiles, table, scales[2 * m], scales[2 * m + 1], NULL, k, n};
+    }
+    float *x = random_floats(TOKENS * HIDDEN, 1), *weights = random_floats(TOKENS * TOP_K, 1);
+    float *y = zeros(TOKENS * HIDDEN * sizeof *y), *alone = zeros(TOKENS * HIDDEN * sizeof *alone), *scalar = zeros(TOKENS * HIDDEN * sizeof *scalar);
+    int32_t ids[TOKENS * TOP_K];
+    for (int token = 0, expert = 1, left = second_slots[1]; token < TOKENS; token++) {
+        if (expert < EXPERTS && left == 0) left = ++expert < EXPERTS ? second_slots[expert] : 0;
+        ids[2 * token] = 0, ids[2 * token + 1] = expert < EXPERTS ? expert : MM_NO_EXPERT;
+        left--;
+    }
+    for (int l = 0; l < level_count; l++) {
+        mm_cpu = levels[l];
+        for (int token = -1; token < TOKENS; token++) { /* -1: all of them */
+            int64_t count = token < 0 ? TOKENS : 1, first = token < 0 ? 0 : token;
+            const int64_t sizes[] = {count}, x_stride[] = {HIDDEN}, weight_stride[] = {TOP_K};
+            struct mm_moe moe = {.x = {x + first * HIDDEN, MM_FLOAT32, count, HIDDEN, 1, 1, sizes, x_stride},
+                                 .weights = {weights + first * TOP_K, MM_FLOAT32, count, TOP_K, 1, 1, sizes, weight_stride},
+                                 .ids = ids + first * TOP_K, .gate = stacks[0], .up = stacks[1], .down = stacks[2],
+                                 .experts = EXPERTS, .intermediate = INNER, .activation = MM_ACTIVATION_SILU};
+            check(mm_cpu_moe(&moe, token < 0 ? y : alone + first * HIDDEN), "%s: mm_cpu_moe ran out of memory", mm_cpu->name);
+        }
+        if (l == 0) memcpy(scalar, alone, TOKENS * HIDDEN * sizeof *scalar);
+        for (int token = 0; token < TOKENS; token++) {
+            double most = 0;
+            for (int i = 0; i < HIDDEN; i++) most = fmax(most, fabs((double)scalar[token * HIDDEN + i]));
+            for (int i = token * HIDDEN; i < (token + 1) * HIDDEN; i++) {
+                check(mm_bits_of_float(y[i]) == mm_bits_of_float(alone[i]), "%s: mm_cpu_moe, element %d: %a, but %a for the token alone",
+                      mm_cpu->name, i, (double)y[i], (double)alone[i]);
+                check_close(mm_cpu->name, "mm_cpu_moe", i, (double)alone[i], (double)scalar[i], 0.05 * most);
+            }
+        }
+    }
+    for (int i = 0; i < 6; i++) mm_free(scales[i]);
+    mm_free(x), mm_free(weights), mm_free(y), mm_free(alone), mm_free(scalar);
+}
+
 static void report(const char *what) {
     static long before;
     printf("%s: %ld checks\n", what, checks - before);
@@ -848,6 +901,8 @@ int main(void) {
     report("rotations, products, activations");
     for (int codebook = 0; codebook < MM_CODEBOOK_COUNT; codebook++) check_linear(codebook, 4);
     report("trellis_linear's driver");
+    for (int codebook = 0; codebook < MM_CODEBOOK_COUNT; codebook++) check_moe(codebook, 4);
+    report("moe_trellis_swiglu's driver");
     printf("%ld checks, %ld failed\n", checks, failures);
     return failures != 0;
 }

@@ -1,15 +1,13 @@
 /* Products by AMX's tiles of 8 bits. Included by a level's file after int16.h: inputs are its rows of 8 bits, halves hold two tiles of weights, and
  * the integer sums are those of INT8_LEVEL. A level defines before: AMX_LEVEL, its name.
  *
- * Up to a tile of rows of mul1, the bytes of the products are multiplied as they come, as INT8_LEVEL does for one row: an input stands twice in a
+ * Up to two tiles of rows of mul1, the bytes of the products are multiplied as they come, as INT8_LEVEL does for one row: an input stands twice in a
  * row, once for each byte of a halfword. 32 inputs are 64 bytes of a row, and what two tiles under each other and two side by side decode to
  * is four tiles of AMX, side by half: a register of halfwords is one row of such a tile, its dwords the 16 columns, each with the two inputs
  * that neighbouring lanes share. For more rows, and for 3inst and mcg, weights become integers of 16 bits first, whose lower and upper bytes are
  * multiplied for themselves: two bytes a weight instead of four. */
 
 #define AMX_TILE 16 /* rows of a tile, and dwords in each */
-#define MOST_DIRECT_ROWS 3          /* that INT8_LEVEL multiplies as fast: a panel costs 128 or 256 stores */
-#define MOST_PRODUCT_ROWS AMX_TILE /* of mul1: then its byte sums, which take longer to decode, pay */
 
 struct amx_config { /* as ldtilecfg reads it */
     uint8_t palette, start_row, unused[14];
@@ -45,7 +43,7 @@ struct amx_pass {
 
 struct amx_run {
     int64_t ld, rows, tile_rows;
-    int shift; /* a sum has two parts, of which the second counts 2^shift */
+    int shift; /* left, of the second part of a sum */
     halves *panel;
     sums32 *sums;            /* of the pass before: [side, tile, part, AMX_TILE] */
     struct amx_pass pending; /* what they belong to: added to y while the next pass is under way */
@@ -59,12 +57,12 @@ static void clear_sums(void) {
     TILE_ZERO(SUMS(1, 1));
 }
 
-/* The registers' sums to two places in run->sums, both parts of each. */
-INLINE void take_sums(struct amx_run *run, int first, int second) {
+/* The registers' sums to four places in run->sums. */
+INLINE void take_sums(struct amx_run *run, int first, int second, int third, int fourth) {
     TILE_STORE(run->sums + first, 64, SUMS(0, 0));
-    TILE_STORE(run->sums + first + AMX_TILE, 64, SUMS(0, 1));
-    TILE_STORE(run->sums + second, 64, SUMS(1, 0));
-    TILE_STORE(run->sums + second + AMX_TILE, 64, SUMS(1, 1));
+    TILE_STORE(run->sums + second, 64, SUMS(0, 1));
+    TILE_STORE(run->sums + third, 64, SUMS(1, 0));
+    TILE_STORE(run->sums + fourth, 64, SUMS(1, 1));
     clear_sums();
 }
 
@@ -77,15 +75,19 @@ INLINE void add_both_sides(float *y, sums32 left, sums32 right, float scale) {
     out[1] += (floats)_mm512_shuffle_f32x4(sides[0], sides[1], 0xEE) * scale;
 }
 
-static void add_pending(struct amx_run *run) {
+/* two_parts: of every sum. Not inlined: the loops that call it have all registers in use. */
+static __attribute__((noinline)) void add_pending(struct amx_run *run, bool two_parts) {
     const struct amx_pass *pass = &run->pending;
     if (!pass->y) return;
     for (int64_t r = pass->done; r < pass->end; r++) {
         int tile = r >= pass->first[0] + run->tile_rows;
         const sums32 *sums = run->sums + r - pass->first[tile];
         const struct row16 *in = (const struct row16 *)(const void *)(pass->row + r * run->ld);
-        sums32 left = sums[SUMS_AT(0, tile, 0)] + (sums[SUMS_AT(0, tile, 1)] << run->shift) + in->offset;
-        sums32 right = sums[SUMS_AT(1, tile, 0)] + (sums[SUMS_AT(1, tile, 1)] << run->shift) + in->offset;
+        sums32 left = sums[SUMS_AT(0, tile, 0)] + in->offset, right = sums[SUMS_AT(1, tile, 0)] + in->offset;
+        if (two_parts) {
+            left += sums[SUMS_AT(0, tile, 1)] << run->shift;
+            right += sums[SUMS_AT(1, tile, 1)] << run->shift;
+        }
         add_both_sides(pass->y + r * MM_HADAMARD, left, right, in->scale);
     }
     run->pending.y = 0;
@@ -106,53 +108,97 @@ static const struct row16 *inputs_of(const struct amx_run *run, const struct amx
 
 /* ---- the bytes of products: mul1, few rows ---- */
 
-#define QUARTERS (BLOCK_TILES / 2) /* two tiles under each other: 64 bytes of a row */
-#define QUARTER (4 * AMX_TILE)     /* halves of it: side, half, AMX_TILE */
+/* A unit: the products of one side of two columns' next two tiles, 64 bytes of a row, lower halves and upper ones. It is multiplied after the next
+ * one is decoded, so that neither waits: by then its stores have reached the cache, where tiles are loaded from. The two buffers, used in
+ * turn, are 4 KB together: a load waits for a store before it whose address has the same lower 12 bits. */
+#define UNIT (2 * AMX_TILE)
+#define QUARTERS (BLOCK_TILES / 2)
 
-/* quarter [side, half, 16]: the products of two columns' next two tiles; rate2 is a constant when inlined */
-INLINE void decode_quarter(halves *quarter, struct column *column, int rate2) {
-    for (int t = 0; t < 2; t++, column->tile += column->stride, quarter += STEPS) {
-        prefetch_tiles(column->tile, column->ahead, TILES * MM_TILE_BYTES(rate2));
-        FOR_PRODUCTS(j, low, high, column->tile, rate2, {
-            int side = j / 4 % 2, step = j / 8 * 4 + j % 4;
-            quarter[side * 2 * AMX_TILE + step] = low;
-            quarter[(side * 2 + 1) * AMX_TILE + step] = high;
-        });
-    }
+/* rate2 and side are constants when inlined */
+INLINE void decode_unit(halves *unit, halves (*h)[POSITIONS / 2 + 1], int rate2, int side) {
+    for (int t = 0; t < 2; t++)
+        UNROLL(8) for (int step = 0; step < STEPS; step++) {
+            halves low, high;
+            multiply_state(&low, &high, window(h[t], step / 4 * 8 + side * 4 + step % 4, rate2), MM_MUL1_MULTIPLIER);
+            unit[t * STEPS + step] = low;
+            unit[AMX_TILE + t * STEPS + step] = high;
+        }
 }
 
-/* For one tile of rows. The registers' sums are [side, half of a product]: each would wait for its own last addition. */
-INLINE void multiply_product_pass(struct amx_run *run, const struct amx_pass *pass) {
-    const int8_t *inputs = inputs_of(run, pass, 0)->repeated;
-    int64_t ld = run->ld * (int64_t)sizeof(float);
-    for (int quarter = 0; quarter < QUARTERS; quarter++) {
-        const halves *weights = run->panel + quarter * QUARTER;
-        TILE_LOAD(INPUTS(0), inputs + 64 * quarter, ld);
-#define X(side, half)                                                       \
-    TILE_LOAD(WEIGHTS(half), weights + (2 * (side) + (half)) * AMX_TILE, 64); \
-    TILE_MULTIPLY_UNSIGNED(SUMS(side, half), INPUTS(0), WEIGHTS(half));
-        X(0, 0) X(0, 1) X(1, 0) X(1, 1)
+/* The unit of that side; its inputs are loaded. The registers' sums are [side, half of a product] of a lone tile of rows, since each would wait
+ * for its own last addition, or [side, tile of rows]. */
+INLINE void multiply_unit(const halves *units, int side, int row_tiles) {
+#define X(of, half)                                                                                  \
+    if (side == (of)) {                                                                              \
+        TILE_LOAD(WEIGHTS(half), units + (of) * UNIT + (half) * AMX_TILE, 64);                       \
+        if (row_tiles == 1) TILE_MULTIPLY_UNSIGNED(SUMS(of, half), INPUTS(0), WEIGHTS(half));         \
+        if (row_tiles == 2) TILE_MULTIPLY_UNSIGNED(SUMS(of, 0), INPUTS(0), WEIGHTS(half));            \
+        if (row_tiles == 2) TILE_MULTIPLY_UNSIGNED(SUMS(of, 1), INPUTS(1), WEIGHTS(half));            \
+    }
+    X(0, 0) X(0, 1) X(1, 0) X(1, 1)
 #undef X
-        if (quarter == 0) add_pending(run);
+}
+
+/* The last unit of a panel, and its sums, which wait to be added. */
+INLINE void finish_panel(struct amx_run *run, const struct amx_pass *pass, int row_tiles) {
+    multiply_unit(run->panel, 1, row_tiles);
+    if (row_tiles == 1)
+        take_sums(run, SUMS_AT(0, 0, 0), SUMS_AT(0, 0, 1), SUMS_AT(1, 0, 0), SUMS_AT(1, 0, 1));
+    else
+        take_sums(run, SUMS_AT(0, 0, 0), SUMS_AT(0, 1, 0), SUMS_AT(1, 0, 0), SUMS_AT(1, 1, 0));
+    run->pending = *pass;
+}
+
+/* All panels of a block of columns; rate2 and row_tiles are constants when inlined. */
+INLINE void multiply_products(struct amx_run *run, float *y, const struct mm_weight *weight, int64_t block, const float *row, int rate2,
+                              int row_tiles) {
+    struct amx_pass pass = {0};
+    int64_t ld = run->ld * (int64_t)sizeof(float);
+    for (int64_t b = 0; b < weight->k / MM_HADAMARD; b++) {
+        struct column first = column_of(weight, block, b, 0, BLOCK_TILES);
+        for (int j = 0; j < BLOCK_TILES; j += TILES, first.tile += TILES * MM_TILE_BYTES(rate2)) {
+            struct amx_pass next = pass_of(run, y + j * MM_TILE, row + b * ROW16_FLOATS, 0);
+            struct column column = first;
+            ROLLED for (int quarter = 0; quarter < QUARTERS; quarter++) {
+                halves h[2][POSITIONS / 2 + 1];
+                for (int t = 0; t < 2; t++, column.tile += column.stride) {
+                    prefetch_tiles(column.tile, column.ahead, TILES * MM_TILE_BYTES(rate2));
+                    halves_of_tiles(h[t], rate2, column.tile);
+                }
+                decode_unit(run->panel, h, rate2, 0);
+                if (quarter > 0)
+                    multiply_unit(run->panel, 1, row_tiles);
+                else if (pass.y)
+                    finish_panel(run, &pass, row_tiles);
+                if (quarter == 2) add_pending(run, row_tiles == 1);
+                TILE_LOAD(INPUTS(0), inputs_of(run, &next, 0)->repeated + 64 * quarter, ld);
+                if (row_tiles == 2) TILE_LOAD(INPUTS(1), inputs_of(run, &next, 1)->repeated + 64 * quarter, ld);
+                decode_unit(run->panel + UNIT, h, rate2, 1);
+                multiply_unit(run->panel, 0, row_tiles);
+            }
+            pass = next;
+        }
     }
-    take_sums(run, SUMS_AT(0, 0, 0), SUMS_AT(1, 0, 0));
+    finish_panel(run, &pass, row_tiles);
+    add_pending(run, row_tiles == 1);
 }
 
-/* panel: the products of two columns of 8 tiles; rate2 is a constant when inlined. (Slower: decoding a quarter while the one before is
- * multiplied, whether from two quarters in turn or from two panels.) */
-INLINE void decode_products(halves *panel, struct column column, int rate2) {
-    for (int quarter = 0; quarter < QUARTERS; quarter++) decode_quarter(panel + quarter * QUARTER, &column, rate2);
-}
-
-#define X(rate2) \
-    static void decode_products_##rate2(halves *panel, const struct column *column) { decode_products(panel, *column, rate2); }
+#define X(rate2)                                                                                                                        \
+    static void multiply_products_##rate2(struct amx_run *run, float *y, const struct mm_weight *weight, int64_t block, const float *row) { \
+        if (run->rows <= AMX_TILE)                                                                                                      \
+            multiply_products(run, y, weight, block, row, rate2, 1);                                                                    \
+        else                                                                                                                            \
+            multiply_products(run, y, weight, block, row, rate2, 2);                                                                    \
+    }
 MM_ALL_RATES2(X)
 #undef X
 
-static sums_decoder products_decoder_of(int rate2) {
+typedef void (*products_multiplier)(struct amx_run *run, float *y, const struct mm_weight *weight, int64_t block, const float *row);
+
+static products_multiplier products_multiplier_of(int rate2) {
     switch (rate2) {
 #define X(rate2) \
-    case rate2: return decode_products_##rate2;
+    case rate2: return multiply_products_##rate2;
         MM_ALL_RATES2(X)
 #undef X
     default: return 0;
@@ -212,8 +258,8 @@ INLINE void multiply_integer_pass(struct amx_run *run, const struct amx_pass *pa
             multiply_half(run->panel, half, 0, true);
             multiply_half(run->panel, half, 1, true);
         }
-        add_pending(run);
-        take_sums(run, SUMS_AT(0, 0, 0), SUMS_AT(1, 0, 0));
+        add_pending(run, true);
+        take_sums(run, SUMS_AT(0, 0, 0), SUMS_AT(0, 0, 1), SUMS_AT(1, 0, 0), SUMS_AT(1, 0, 1));
         return;
     }
     for (int side = 0; side < 2; side++) {
@@ -222,17 +268,36 @@ INLINE void multiply_integer_pass(struct amx_run *run, const struct amx_pass *pa
             TILE_LOAD(INPUTS(1), second + 64 * half, ld);
             multiply_half(run->panel, half, side, false);
         }
-        add_pending(run);
-        take_sums(run, SUMS_AT(side, 0, 0), SUMS_AT(side, 1, 0));
+        add_pending(run, true);
+        take_sums(run, SUMS_AT(side, 0, 0), SUMS_AT(side, 0, 1), SUMS_AT(side, 1, 0), SUMS_AT(side, 1, 1));
     }
+}
+
+static void multiply_by_bytes(struct amx_run *run, float *y, const struct mm_weight *weight, int64_t block, const float *row) {
+    for (int64_t b = 0; b < weight->k / MM_HADAMARD; b++) {
+        struct column column = column_of(weight, block, b, 0, BLOCK_TILES);
+        for (int j = 0; j < BLOCK_TILES; j += TILES, column.tile += TILES * MM_TILE_BYTES(weight->rate2)) {
+            decode_bytes(run->panel, weight, &column);
+            for (int64_t done = 0; done < run->rows;) {
+                struct amx_pass pass = pass_of(run, y + j * MM_TILE, row + b * ROW16_FLOATS, done);
+                multiply_integer_pass(run, &pass);
+                run->pending = pass;
+                done = pass.end;
+            }
+        }
+    }
+    add_pending(run, true);
 }
 
 /* ---- both ---- */
 
-static bool takes_products(int codebook, int64_t rows) { return codebook == MM_CODEBOOK_MUL1 && rows <= MOST_PRODUCT_ROWS; }
+static bool takes_products(int codebook, int64_t rows) { return codebook == MM_CODEBOOK_MUL1 && rows <= 2 * AMX_TILE; }
+
+/* Whether INT8_LEVEL multiplies as fast: a panel of bytes costs 128 stores. */
+static bool goes_direct(int codebook, int64_t rows) { return rows <= (codebook == MM_CODEBOOK_MUL1 ? 1 : 3); }
 
 static void rotate_in_amx(float *row, const float *x, const uint16_t *suh, int64_t k, int64_t used, int codebook, int64_t rows) {
-    if (rows <= MOST_DIRECT_ROWS)
+    if (goes_direct(codebook, rows))
         rotate_in_int8(row, x, suh, k, used, codebook, rows);
     else
         rotate_to_integers(row, x, suh, k, used, INT8_MAX, codebook, takes_products(codebook, rows) ? REPEATED_BYTES : BYTES);
@@ -240,38 +305,22 @@ static void rotate_in_amx(float *row, const float *x, const uint16_t *suh, int64
 
 static void multiply_amx(float *y, const struct mm_weight *weight, int64_t block, const float *row, int64_t ld, int64_t rows,
                          float *scratch) {
-    if (rows <= MOST_DIRECT_ROWS) {
+    if (goes_direct(weight->codebook, rows)) {
         multiply_int8(y, weight, block, row, ld, rows, scratch);
         return;
     }
     bool products = takes_products(weight->codebook, rows);
-    sums_decoder decode = products_decoder_of(weight->rate2);
     int64_t row_tiles = (rows + AMX_TILE - 1) / AMX_TILE;
     struct amx_run run = {.ld = ld, .rows = rows, .tile_rows = (rows + row_tiles - 1) / row_tiles, .shift = products ? 0 : 8,
                           .panel = (halves *)(void *)scratch};
-    run.sums = (sums32 *)(void *)(run.panel + QUARTERS * QUARTER);
+    run.sums = (sums32 *)(void *)(run.panel + BLOCK_TILES * POSITIONS);
     amx_configure((int)run.tile_rows);
     clear_sums();
     start_columns(y, row, ld, rows, weight->k / MM_HADAMARD);
-    for (int64_t b = 0; b < weight->k / MM_HADAMARD; b++) {
-        struct column column = column_of(weight, block, b, 0, BLOCK_TILES);
-        for (int j = 0; j < BLOCK_TILES; j += TILES, column.tile += TILES * MM_TILE_BYTES(weight->rate2)) {
-            if (products)
-                decode(run.panel, &column);
-            else
-                decode_bytes(run.panel, weight, &column);
-            for (int64_t done = 0; done < rows;) {
-                struct amx_pass pass = pass_of(&run, y + j * MM_TILE, row + b * ROW16_FLOATS, done);
-                if (products)
-                    multiply_product_pass(&run, &pass);
-                else
-                    multiply_integer_pass(&run, &pass);
-                run.pending = pass;
-                done = pass.end;
-            }
-        }
-    }
-    add_pending(&run);
+    if (products)
+        products_multiplier_of(weight->rate2)(&run, y, weight, block, row);
+    else
+        multiply_by_bytes(&run, y, weight, block, row);
     TILE_RELEASE();
 }
 

@@ -41,10 +41,12 @@ typedef float uwide __attribute__((vector_size(4 * WIDE_LANES), aligned(4), may_
         if (WIDE_LANES > 8) v = f(v, PARTNERS(v, WIDE_LANES / 2)); \
     } while (0)
 
-/* Before a loop: fully unrolled, so that what is indexed by its counter lies in registers. */
+/* Before a loop: fully unrolled, so that what is indexed by its counter lies in registers; or not at all, a long body. */
 #if defined(__clang__)
 #define UNROLL(count) _Pragma("unroll")
+#define ROLLED _Pragma("nounroll")
 #else
+#define ROLLED _Pragma("GCC unroll 1")
 #define UNROLL_PRAGMA(text) _Pragma(#text)
 #define UNROLL(count) UNROLL_PRAGMA(GCC unroll count)
 #endif
