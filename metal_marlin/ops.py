@@ -38,9 +38,25 @@ class Stack(Protocol):
     def bias(self) -> Tensor | None: ...
 
 
+_NOTHING = torch.empty(0, dtype=torch.float16)
+
+
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     """Optional tensors travel as empty ones: PyTorch's C ABI before 2.13 cannot free an optional."""
-    return like.new_empty(0) if tensor is None else tensor
+    if tensor is not None:
+        return tensor
+    if type(like) is Tensor and like.is_cpu and like.dtype is torch.float16 and not torch.compiler.is_compiling():
+        return _NOTHING
+    return like.new_empty(0)
+
+
+def _call(op: Any, asked: bool, *args: Any) -> Any:
+    """The op, below autograd's keys where no gradient is asked for: their layer for custom ops is in Python and takes
+    8 µs, which a model would pay for each layer and token."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or (asked and torch.is_grad_enabled()):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def trellis_linear(
@@ -72,7 +88,9 @@ def trellis_linear(
     Source: docs/format.md, "The layer"; the rotations are exllamav3's, and its golden data is the test's.
     """
     n = svh.shape[0] if out_features is None else out_features
-    return _ops.trellis_linear(x, trellis, suh, svh, _or_empty(bias, suh), codebook, n)  # type: ignore[no-any-return]
+    return _call(  # type: ignore[no-any-return]
+        _ops.trellis_linear.default, x.requires_grad, x, trellis, suh, svh, _or_empty(bias, suh), codebook, n
+    )
 
 
 def moe_trellis_swiglu(
@@ -118,8 +136,10 @@ def moe_trellis_swiglu(
     for stack in (gate, up, down):
         flat += [stack.trellis, stack.table, stack.suh, stack.svh, _or_empty(stack.bias, stack.suh)]
         formats |= getattr(stack, "formats", -1)
-    return _ops.moe_trellis_swiglu(  # type: ignore[no-any-return]
-        x, weights, ids, *flat, width, activation, alpha, limit, formats
+    return _call(  # type: ignore[no-any-return]
+        _ops.moe_trellis_swiglu.default,
+        x.requires_grad or weights.requires_grad,
+        *(x, weights, ids, *flat, width, activation, alpha, limit, formats),
     )
 
 
@@ -155,8 +175,11 @@ def router(
     Raises:
         RuntimeError: an argument does not fit; the message names it.
     """
-    weights, ids, logits = _ops.router(
-        x, gate, _or_empty(correction, gate), top_k, kind, renormalize, scale, n_group, topk_group
+    offsets = _or_empty(correction, gate)
+    weights, ids, logits = _call(
+        _ops.router.default,
+        x.requires_grad or gate.requires_grad or offsets.requires_grad,
+        *(x, gate, offsets, top_k, kind, renormalize, scale, n_group, topk_group),
     )
     return (weights, ids, logits) if return_logits else (weights, ids)
 

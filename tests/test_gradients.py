@@ -4,6 +4,8 @@ weights."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from conftest import DTYPES, Backend, assert_close, ops, same_bits
 from samples import EXPERTS, LINEAR, OPS, linear_args, moe_args, outputs, router_args
 
 import metal_marlin._C as _C
+import metal_marlin.ops
 from metal_marlin import mps_gradients
 
 # A level that is not exact computes the pre-activations again, off by 2.1e-4 of their size in the root mean square;
@@ -152,6 +155,41 @@ def test_gradient_of_router(cpu: Backend, rng: np.random.Generator, kind: str, r
                 assert g is None or not g.any(), f"{name} must have no gradient"
             else:
                 close_gradient(g, want, 64, f"{name} {shape}")
+
+
+def public(name: str, args: list[Any]) -> torch.Tensor:
+    """The typed function of `metal_marlin.ops` with an op's arguments."""
+    if name == "trellis_linear":
+        return metal_marlin.ops.trellis_linear(*args[:5], codebook=args[5], out_features=args[6])
+    if name == "router":
+        return metal_marlin.ops.router(*args[:3], top_k=args[3], kind=args[4], scale=args[6])[0]
+    names = ("trellis", "table", "suh", "svh", "bias")
+    stacks = [SimpleNamespace(**dict(zip(names, args[i : i + 5], strict=True))) for i in (3, 8, 13)]
+    return metal_marlin.ops.moe_trellis_swiglu(*args[:3], *stacks, intermediate=args[18])
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"), [("trellis_linear", (0,)), ("moe_trellis_swiglu", (0, 1)), ("router", (0, 1, 2))]
+)
+def test_a_function_goes_past_autograd_only_where_nobody_asks_it(
+    cpu: Backend, rng: np.random.Generator, name: str, inputs: tuple[int, ...]
+) -> None:
+    args = OPS[name](cpu, rng)
+    if name == "router":
+        args[4] = "topk_softmax"  # whose correction has a gradient
+    plain = public(name, args)
+    assert not plain.requires_grad
+    for asked in inputs:
+        own = list(args)
+        own[asked] = args[asked].clone().requires_grad_()
+        result = public(name, own)
+        assert same_bits(result.detach(), plain)
+        (gradient,) = torch.autograd.grad(result.square().sum(), own[asked])
+        assert gradient.any()
+        with torch.no_grad():
+            assert not public(name, own).requires_grad
+        with torch.inference_mode():
+            assert same_bits(public(name, own), plain)
 
 
 @pytest.mark.parametrize("name", ["trellis_linear", "moe_trellis_swiglu", "router"])
