@@ -1,5 +1,5 @@
-/* AVX-512 and AMX for CPUs that end at AVX2: every intrinsic of 512 bits in csrc/cpu and every name of cpu/avx512_asm.h, computed as
- * Intel's manual says, in C and AVX2. So the very text of avx512.h, gather_avx512.h and amx.h runs on any x86-64 CPU with AVX2
+/* AVX-VNNI, AVX-512 and AMX for CPUs that end at AVX2: every intrinsic of 512 bits in csrc/cpu and every name of cpu/x86_asm.h, computed as
+ * Intel's manual says, in C and AVX2. So the very text of avx_vnni.c, avx512.h, gather_avx512.h and amx.h runs on any x86-64 CPU with AVX2
  * (test_levels.py). That shows what the kernels compute, not that a compiler or an assembler knows their instructions, and nothing of
  * their speed.
  *   cc -std=c11 -O1 -mavx2 -mfma -mf16c -Wno-psabi -include tests/emulated_avx512.h -Icsrc tests/levels.c csrc/cpu/[a-z]*.c -lm -o levels
@@ -32,6 +32,7 @@ typedef union {
 /* ---- the CPU ---- */
 
 #define AVX512_TARGET "avx2,fma,f16c"
+#define HAS_AVX_VNNI cpu_has(SAVES_YMM, bit_AVX2, 0, 0)
 #define HAS_AVX512(edx) cpu_has(SAVES_YMM, bit_AVX2, 0, 0 * (edx))
 #define HAS_AMX true
 
@@ -182,24 +183,27 @@ EMULATED __m512 emulated_shuffle_f32x4(__m512 a, __m512 b, int selected) {
 
 /* ---- instructions: VNNI ---- */
 
-EMULATED __m512i emulated_vpdpwssd(__m512i sums, __m512i a, __m512i b) {
-    emulated_zmm out = {sums}, x = {a}, y = {b};
-    for (int i = 0; i < 2; i++) out.half[i] = _mm256_add_epi32(out.half[i], _mm256_madd_epi16(x.half[i], y.half[i]));
-    return out.whole;
-}
+EMULATED __m256i emulated_256_vpdpwssd(__m256i sums, __m256i a, __m256i b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
 
 /* In dwords: maddubs would saturate. */
-EMULATED __m512i emulated_vpdpbusd(__m512i sums, __m512i a, __m512i b) {
-    emulated_zmm out = {sums}, x = {a}, y = {b};
+EMULATED __m256i emulated_256_vpdpbusd(__m256i sums, __m256i a, __m256i b) {
     const __m256i low = _mm256_set1_epi16(255);
-    for (int i = 0; i < 2; i++) {
-        __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(x.half[i], 8), _mm256_srai_epi16(y.half[i], 8));
-        __m256i even = _mm256_madd_epi16(_mm256_and_si256(x.half[i], low), _mm256_srai_epi16(_mm256_slli_epi16(y.half[i], 8), 8));
-        out.half[i] = _mm256_add_epi32(out.half[i], _mm256_add_epi32(odd, even));
-    }
-    return out.whole;
+    __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
+    __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, low), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+    return _mm256_add_epi32(sums, _mm256_add_epi32(odd, even));
 }
 
+#define EMULATED_MULTIPLY_ADD(name)                                                                             \
+    EMULATED __m512i emulated_##name(__m512i sums, __m512i a, __m512i b) {                                      \
+        emulated_zmm out = {sums}, x = {a}, y = {b};                                                            \
+        for (int i = 0; i < 2; i++) out.half[i] = emulated_256_##name(out.half[i], x.half[i], y.half[i]);       \
+        return out.whole;                                                                                       \
+    }
+EMULATED_MULTIPLY_ADD(vpdpwssd)
+EMULATED_MULTIPLY_ADD(vpdpbusd)
+
+#define VEX_VPDPWSSD(sums, a, b) ((sums) = (__typeof__(sums))emulated_256_vpdpwssd((__m256i)(sums), (__m256i)(a), (__m256i)(b)))
+#define VEX_VPDPBUSD(sums, a, b) ((sums) = (__typeof__(sums))emulated_256_vpdpbusd((__m256i)(sums), (__m256i)(a), (__m256i)(b)))
 #define VPDPWSSD(sums, a, b) ((sums) = (__typeof__(sums))emulated_vpdpwssd((__m512i)(sums), (__m512i)(a), (__m512i)(b)))
 #define VPDPBUSD(sums, a, b) ((sums) = (__typeof__(sums))emulated_vpdpbusd((__m512i)(sums), (__m512i)(a), (__m512i)(b)))
 

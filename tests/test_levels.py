@@ -5,8 +5,8 @@ qemu shows what the instructions compute, not how fast they are. `-cpu max` has 
 FEAT_I8MM nor FEAT_SHA3, a Cortex-A72 only what the first arm64 had: code that needs more would end there with an
 illegal instruction.
 
-No emulator that installs from Debian or PyPI knows AVX-512 or AMX. emulated_avx512.h computes in C what those levels'
-intrinsics and assembly do, so that their own text runs wherever there is AVX2.
+No emulator that installs from Debian or PyPI knows AVX-VNNI, AVX-512 or AMX. emulated_avx512.h computes in C what
+those levels' intrinsics and assembly do, so that their own text runs wherever there is AVX2.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ X86_64 = {  # levels, and what Linux calls the features that they need
     "avx512": AVX512,
     "avx512-fp16": f"{AVX512} avx512_fp16",
     "avx2-int16": "avx2 fma f16c",
+    "avx-vnni-int16": "avx2 fma f16c avx_vnni",
+    "avx-vnni-int8": "avx2 fma f16c avx_vnni",
     "avx512-int16": AVX512,
     "avx512-fp16-int16": f"{AVX512} avx512_fp16",
     "avx512-int8": AVX512,
@@ -106,7 +108,7 @@ def test_native(tmp_path: Path, sanitized: bool) -> None:
 
 
 def test_emulated_avx512(tmp_path: Path) -> None:
-    """The levels with AVX-512 and AMX on a CPU that need not have either."""
+    """The levels with AVX-VNNI, AVX-512 and AMX on a CPU that need not have any of them."""
     cpuinfo = Path("/proc/cpuinfo")
     if platform.machine() != "x86_64" or not cpuinfo.exists():
         pytest.skip("the emulation of AVX-512 is for Linux on x86-64")

@@ -5,7 +5,7 @@
 #define LEVEL "avx512"
 #define INT16_LEVEL "avx512-int16"
 #define INT8_LEVEL "avx512-int8"
-#include "cpu/avx512_asm.h"
+#include "cpu/x86_asm.h"
 #include "cpu/x86.h"
 
 BEGIN_TARGET

@@ -1,6 +1,6 @@
 /* The body of the levels for AVX-512: two tiles at a time, with VBMI's byte permute, VBMI2's funnel shift and VNNI's multiply-add. Ice Lake
  * and Zen 4 were the first to have all three; CPUs with less of AVX-512 run AVX2's levels. Included by a level's file between x86.h and
- * END_TARGET, after avx512_asm.h; it may define HALF_ARITHMETIC: the CPU has arithmetic on binary16. */
+ * END_TARGET, after x86_asm.h; it may define HALF_ARITHMETIC: the CPU has arithmetic on binary16. */
 
 typedef uint16_t halves __attribute__((vector_size(64), may_alias));
 typedef int16_t shorts __attribute__((vector_size(64), may_alias));

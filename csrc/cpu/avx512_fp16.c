@@ -14,7 +14,7 @@
 #define INT8_LEVEL "avx512-fp16-int8"
 #define AMX_LEVEL "amx-int8"
 #define HALF_ARITHMETIC
-#include "cpu/avx512_asm.h"
+#include "cpu/x86_asm.h"
 #include "cpu/x86.h"
 
 BEGIN_TARGET

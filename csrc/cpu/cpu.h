@@ -109,6 +109,8 @@ const struct mm_kernels *mm_kernels_neon_fp16(void);
 const struct mm_kernels *mm_kernels_neon_int16(void);
 const struct mm_kernels *mm_kernels_neon_int8(void);
 const struct mm_kernels *mm_kernels_avx2_int16(void);
+const struct mm_kernels *mm_kernels_avx_vnni_int16(void);
+const struct mm_kernels *mm_kernels_avx_vnni_int8(void);
 const struct mm_kernels *mm_kernels_avx512(void);
 const struct mm_kernels *mm_kernels_avx512_fp16(void);
 const struct mm_kernels *mm_kernels_avx512_int16(void);
@@ -117,11 +119,12 @@ const struct mm_kernels *mm_kernels_avx512_int8(void);
 const struct mm_kernels *mm_kernels_avx512_fp16_int8(void);
 const struct mm_kernels *mm_kernels_amx_int8(void);
 #define MM_CPU_LEVELS(X)                                                                      \
-    X(scalar) X(neon) X(neon_fp16) X(avx2) X(avx512) X(avx512_fp16) X(neon_int16) X(neon_int8) X(avx2_int16) X(avx512_int16) \
-    X(avx512_fp16_int16) X(avx512_int8) X(avx512_fp16_int8) X(amx_int8)
+    X(scalar) X(neon) X(neon_fp16) X(avx2) X(avx512) X(avx512_fp16) X(neon_int16) X(neon_int8) X(avx2_int16) X(avx_vnni_int16) \
+    X(avx_vnni_int8) X(avx512_int16) X(avx512_fp16_int16) X(avx512_int8) X(avx512_fp16_int8) X(amx_int8)
 
 extern const struct mm_kernels *mm_cpu; /* the active level; set once at import, and by tests */
-#define MM_MAX_CPU_LEVELS 12
+#define MM_ONE_MORE(name) +1
+enum { MM_MAX_CPU_LEVELS = 0 MM_CPU_LEVELS(MM_ONE_MORE) };
 int mm_cpu_levels(const struct mm_kernels **levels); /* fills what this machine runs; returns the count */
 
 /* parallel.c: phases one after the other, in one parallel region; the items 0..count-1 of a phase are each done by one thread, pulled in

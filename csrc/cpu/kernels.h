@@ -290,7 +290,7 @@ static void dots(float *out, int64_t ld, const float *const *a, int64_t rows, co
     .load = load, .store = store, .rotate_out = rotate_out, .rotate_grad = rotate_grad,                        \
     .multiply_transposed = multiply_transposed, .dequantize = dequantize, .activate = activate, .dot = dot, .dots = dots
 
-static const struct mm_kernels kernels = {
+static const struct mm_kernels kernels __attribute__((unused)) = { /* where a file is there for the levels of int16.h alone */
     .name = LEVEL,
     .prepare = prepare,
     .row_floats = row_floats,

@@ -24,6 +24,12 @@ static bool cpu_has(unsigned registers, unsigned ebx, unsigned ecx, unsigned edx
     if ((saved & registers) != registers) return false;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & ebx) == ebx && (c & ecx) == ecx && (d & edx) == edx;
 }
+
+INLINE bool cpu_has_avx_vnni(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+}
+
 #define SAVES_YMM 0x06u /* xmm and the upper halves of ymm */
 #define SAVES_ZMM 0xE6u /* and mask registers, upper halves of zmm, zmm16 to zmm31 */
 #define SAVES_TILES 0x60000u /* AMX's configuration and tiles */

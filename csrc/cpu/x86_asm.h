@@ -1,7 +1,12 @@
-/* What the AVX-512 and AMX levels take from the machine without an intrinsic: the target that they are compiled for, the instructions
+/* What the AVX-VNNI, AVX-512 and AMX levels take from the machine without an intrinsic: the target that they are compiled for, the instructions
  * written by hand, and whether the CPU has them all. In one place so that a test can put C in theirs: tests/emulated_avx512.h defines every
- * name in here, and so runs the levels' own text on CPUs without AVX-512. Included by a level's file before x86.h. */
+ * name in here, and so runs the levels' own text on CPUs without them. Included by a level's file before x86.h. */
 #ifndef MM_EMULATED_AVX512
+
+/* AVX-VNNI: the multiply-adds of AVX-512's VNNI for registers of 256 bits, on CPUs without AVX-512. */
+#define HAS_AVX_VNNI (cpu_has(SAVES_YMM, bit_AVX2, 0, 0) && cpu_has_avx_vnni())
+#define VEX_VPDPWSSD(sums, a, b) __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b))
+#define VEX_VPDPBUSD(sums, a, b) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b))
 
 #define AVX512_TARGET "avx2,fma,f16c,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni"
 #define HAS_AVX512(edx)                                                              \
