@@ -95,8 +95,11 @@ class TrellisLinear(Packed):
         return ops.dequantize(self.trellis, self.suh, self.svh, codebook=self.codebook, **sizes)
 
     def forward(self, x: Tensor) -> Tensor:
+        held: dict[str, Any] = self._buffers  # a module looks each up in a microsecond
         return ops.trellis_linear(
-            x, self.trellis, self.suh, self.svh, codebook=self.codebook, out_features=self.out_features, bias=self.bias
+            *(x, held["trellis"], held["suh"], held["svh"], held["bias"]),
+            codebook=self.codebook,
+            out_features=self.out_features,
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

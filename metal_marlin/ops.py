@@ -118,7 +118,8 @@ def moe_trellis_swiglu(
             offset in int16 elements, 2 x bits, index in ``_C.CODEBOOKS``), ``suh`` ``[experts, k]``,
             ``svh`` ``[experts, n]``, ``bias`` ``[experts, n]`` or None, all float16. Rates and codebooks may differ
             from expert to expert and between the projections. A stack's ``formats``, if it has them, are the bits
-            ``16 * codebook + 2 * bits - 1`` of what occurs: on a GPU, kernels are compiled for those alone.
+            ``16 * codebook + 2 * bits - 1`` of what occurs: on a GPU, kernels are compiled for those alone. Its
+            ``parts``, if it has them, are the five tensors at once.
         intermediate: the true expert width (default: ``down.suh.shape[1]``). Channels beyond it are padding and count
             as zero.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` (each: act(g) * u) or ``"swiglu_oai"`` (gpt-oss; uses
@@ -134,7 +135,8 @@ def moe_trellis_swiglu(
     flat: list[Tensor] = []
     formats = 0
     for stack in (gate, up, down):
-        flat += [stack.trellis, stack.table, stack.suh, stack.svh, _or_empty(stack.bias, stack.suh)]
+        parts = getattr(stack, "parts", None) or (stack.trellis, stack.table, stack.suh, stack.svh, stack.bias)
+        flat += (*parts[:4], _or_empty(parts[4], parts[2]))
         formats |= getattr(stack, "formats", -1)
     return _call(  # type: ignore[no-any-return]
         _ops.moe_trellis_swiglu.default,

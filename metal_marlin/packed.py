@@ -93,6 +93,11 @@ class TrellisStack(Packed):
             )
         self.k, self.n, self.rates2, self.codebooks = k, n, tuple(rates2), tuple(codebooks)
         self.shapes = [trellis_shape(k, n, r / 2, c) for r, c in zip(self.rates2, self.codebooks, strict=True)]
+        #: The (codebook, rate) pairs that occur, as `moe_trellis_swiglu` takes them: bit 16 * codebook + rate2 - 1.
+        self.formats = sum(
+            1 << (16 * _C.CODEBOOKS.index(codebook) + rate2 - 1)
+            for codebook, rate2 in set(zip(self.codebooks, self.rates2, strict=True))
+        )
         offsets, elements = self._back_to_back() if layout is None else layout
         self.offsets, experts = tuple(offsets), len(self.rates2)
         self.register_buffer("trellis", torch.zeros(elements, dtype=torch.int16, device=device))
@@ -139,10 +144,10 @@ class TrellisStack(Packed):
         return sum(self.rates2) / len(self.rates2) / 2
 
     @property
-    def formats(self) -> int:
-        """The (codebook, rate) pairs that occur, as `moe_trellis_swiglu` takes them: bit 16 * codebook + rate2 - 1."""
-        pairs = set(zip(self.codebooks, self.rates2, strict=True))
-        return sum(1 << (16 * _C.CODEBOOKS.index(codebook) + rate2 - 1) for codebook, rate2 in pairs)
+    def parts(self) -> tuple[Tensor | None, ...]:
+        """What a Stack has (ops.py), in that order: the buffers, of which a module looks up each in a microsecond."""
+        buffers = self._buffers
+        return buffers["trellis"], buffers["table"], buffers["suh"], buffers["svh"], buffers["bias"]
 
     def make_table(self, device: torch.device | str | None = None) -> Tensor:
         """The table that belongs to the stack's rates and codebooks."""
