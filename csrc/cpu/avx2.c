@@ -10,9 +10,7 @@ BEGIN_TARGET
 #include "cpu/avx2.h"
 
 INLINE void add_products(sums32 *sums, halves s, const int16_t *q, int step) {
-    int32_t pair;
-    memcpy(&pair, q + 2 * step, sizeof pair);
-    sums[0] += (sums32)_mm256_madd_epi16((__m256i)s, _mm256_set1_epi32(pair));
+    sums[0] += (sums32)_mm256_madd_epi16((__m256i)s, _mm256_set1_epi32(dword_at(q + 2 * step)));
     /* Keeps the compiler from regrouping a long chain of sums into a tree that does not fit the registers (1.5 x slower). */
     __asm__("" : "+x"(sums[0]));
 }

@@ -116,15 +116,11 @@ INLINE void store_columns(float *y, const floats *sums) {
 #define MOST_ROWS 8
 
 INLINE void add_products(sums32 *sums, halves s, const int16_t *q, int step) {
-    int32_t pair;
-    memcpy(&pair, q + 2 * step, sizeof pair);
-    VPDPWSSD(sums[0], s, _mm512_set1_epi32(pair));
+    VPDPWSSD(sums[0], s, _mm512_set1_epi32(dword_at(q + 2 * step)));
 }
 
 INLINE void add_byte_products(sums32 *sums, halves s, const int8_t *q) {
-    int32_t bytes;
-    memcpy(&bytes, q, sizeof bytes);
-    VPDPBUSD(*sums, s, _mm512_set1_epi32(bytes));
+    VPDPBUSD(*sums, s, _mm512_set1_epi32(dword_at(q)));
 }
 
 #include "cpu/int16.h"

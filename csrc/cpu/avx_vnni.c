@@ -12,15 +12,11 @@ BEGIN_TARGET
 #include "cpu/avx2.h"
 
 INLINE void add_products(sums32 *sums, halves s, const int16_t *q, int step) {
-    int32_t pair;
-    memcpy(&pair, q + 2 * step, sizeof pair);
-    VEX_VPDPWSSD(sums[0], s, _mm256_set1_epi32(pair));
+    VEX_VPDPWSSD(sums[0], s, _mm256_set1_epi32(dword_at(q + 2 * step)));
 }
 
 INLINE void add_byte_products(sums32 *sums, halves s, const int8_t *q) {
-    int32_t bytes;
-    memcpy(&bytes, q, sizeof bytes);
-    VEX_VPDPBUSD(*sums, s, _mm256_set1_epi32(bytes));
+    VEX_VPDPBUSD(*sums, s, _mm256_set1_epi32(dword_at(q)));
 }
 
 #include "cpu/int16.h"

@@ -48,9 +48,7 @@ INLINE void hadamard128(wide *v) {
         BUTTERFLY(1);
         BUTTERFLY(2);
         BUTTERFLY(4);
-#if WIDE_LANES == 16
-        BUTTERFLY(8);
-#endif
+        if (WIDE_LANES > 8) BUTTERFLY(WIDE_LANES / 2);
         v[i] = x;
     }
 #undef BUTTERFLY

@@ -95,6 +95,13 @@ INLINE void order_inputs(int16_t *q, const iwide *inputs) {
 }
 #endif
 
+/* A row's next pair of words, or four bytes, which all dwords share. */
+INLINE int32_t dword_at(const void *inputs) {
+    int32_t dword;
+    memcpy(&dword, inputs, sizeof dword);
+    return dword;
+}
+
 INLINE vec8 add_pairs(vec8 a, vec8 b) { return (vec8)_mm256_hadd_ps((__m256)a, (__m256)b); }
 
 END_TARGET
