@@ -15,16 +15,19 @@ COPY_BYTES = 2**28  # far beyond any cache
 
 
 def processor() -> str:
-    """The processor's name as the system tells it."""
+    """The processor's name as the system tells it, and its numbers: on virtual machines the name often says little."""
     if platform.system() == "Darwin":
         return subprocess.run(
             ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True
         ).stdout.strip()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    pairs = (line.partition(":") for line in first.splitlines())
+    facts = {name.strip(): value.strip() for name, _, value in pairs}
+    numbers = [f"{name.split()[-1]} {facts[name]}" for name in ("cpu family", "model") if facts.get(name)]
+    return facts.get("model name", platform.machine()) + (f" ({', '.join(numbers)})" if numbers else "")
 
 
 def commit() -> str:
